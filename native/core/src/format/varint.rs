@@ -1,0 +1,1 @@
+//! LEB128 and zigzag integers of at most 64 bits; overlong forms are refused.
