@@ -1,0 +1,1 @@
+"""Ebbtide: continuous data protection and replication of Linux block volumes."""

@@ -1,0 +1,1 @@
+"""The wire: stubs generated at build from `proto/`, stream framing, credentials."""
