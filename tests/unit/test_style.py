@@ -1,4 +1,4 @@
-"""Guards what a reader stumbles over: unfinished marks, long files, broken links, odd characters."""
+"""Guards what a reader stumbles over: unfinished marks, long files, dead links, odd letters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINES_MAX = 600
 COLUMNS_MAX = 100
-# Put together here so that this file does not find itself.
-UNFINISHED = re.compile("|".join(["TODO", "FIXME", "unimplemented!", "to" r"do!\("]))
+# Classes of one letter, so that this file does not find itself.
+UNFINISHED = re.compile(r"[T]ODO|[F]IXME|[u]nimplemented!|[t]odo!\(|[N]otImplementedError")
 
 
 def tracked(*patterns: str) -> list[Path]:
