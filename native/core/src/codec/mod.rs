@@ -18,7 +18,11 @@ pub enum CodecError {
     #[error(transparent)]
     Crypto(#[from] CryptoError),
     #[error("cell {cell} of frame {frame}: {reason}", frame = frame.0)]
-    Cell { frame: FrameNo, cell: u32, reason: &'static str },
+    Cell {
+        frame: FrameNo,
+        cell: u32,
+        reason: &'static str,
+    },
     #[error("reading what a reference names failed: {0}")]
     Source(String),
 }

@@ -6,11 +6,45 @@
 
 use serde::{Deserialize, Serialize};
 
+use xxhash_rust::xxh3::xxh3_64;
+
 use super::FormatError;
+use super::layout::{self, Field, Format, covers};
 
 pub const MANIFEST_MAGIC: [u8; 8] = *b"EBBMANIF";
 pub const MANIFEST_VERSION: u16 = 1;
 pub const MANIFEST_HEADER_LEN: usize = 64;
+/// Bytes of the body: about a million segments, 64 TiB of history.
+pub const MANIFEST_BODY_MAX: usize = 256 << 20;
+
+const BODY_LEN: Field = Field::new("body_len", 16, 8);
+const COUNTER: Field = Field::new("manifest_version", 24, 8);
+const BODY_CHECKSUM: Field = Field::new("body_checksum", 32, 8);
+const RESERVED_40: Field = Field::new("reserved_40", 40, 16);
+const CHECKSUM: Field = Field::new("checksum", 56, 8);
+
+/// The header, field by field; `docs/format/manifest.md` holds the same table.
+pub const LAYOUT: &[Field] = &[
+    layout::MAGIC,
+    layout::VERSION,
+    layout::HEADER_LEN,
+    layout::FLAGS,
+    BODY_LEN,
+    COUNTER,
+    BODY_CHECKSUM,
+    RESERVED_40,
+    CHECKSUM,
+];
+
+const _: () = assert!(covers(LAYOUT, MANIFEST_HEADER_LEN));
+
+const FORMAT: Format = Format {
+    what: "manifest header",
+    magic: MANIFEST_MAGIC,
+    version: MANIFEST_VERSION,
+    header_len: MANIFEST_HEADER_LEN,
+    reserved: &[layout::FLAGS, RESERVED_40],
+};
 
 /// The body. Identities and digests are hex strings, times microseconds, lengths bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -83,12 +117,95 @@ pub struct EventEntry {
 }
 
 impl Manifest {
+    /// Encodes header and body.
     pub fn encode(&self) -> Vec<u8> {
-        todo!()
+        let mut bytes = vec![0u8; MANIFEST_HEADER_LEN];
+        serde_json::to_writer(&mut bytes, self)
+            .expect("invariant: strings and integers are always JSON, memory does not fail");
+        let (header, body) = bytes.split_at_mut(MANIFEST_HEADER_LEN);
+        FORMAT.begin(header, 0);
+        BODY_LEN.put(header, &(body.len() as u64).to_le_bytes());
+        COUNTER.put(header, &self.version.to_le_bytes());
+        BODY_CHECKSUM.put(header, &xxh3_64(body).to_le_bytes());
+        FORMAT.finish(header);
+        bytes
     }
 
+    /// Parses a whole manifest file: header, then body. Refuses unknown fields, trailing bytes and
+    /// identities that are not hex.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let _ = bytes;
-        todo!()
+        const WHAT: &str = "manifest body";
+        let header = FORMAT.open(bytes)?;
+        let body = &bytes[MANIFEST_HEADER_LEN..];
+        let body_len = BODY_LEN.u64(header);
+        FORMAT.at_most(BODY_LEN, body_len, MANIFEST_BODY_MAX as u64)?;
+        if (body.len() as u64) < body_len {
+            let need = usize::try_from(body_len).unwrap_or(usize::MAX);
+            return Err(FormatError::Truncated {
+                what: WHAT,
+                need,
+                have: body.len(),
+            });
+        }
+        FORMAT.require(
+            body.len() as u64 == body_len,
+            BODY_LEN,
+            "shorter than the file",
+        )?;
+        let (computed, found) = (xxh3_64(body), BODY_CHECKSUM.u64(header));
+        if computed != found {
+            return Err(FormatError::Checksum {
+                what: WHAT,
+                computed,
+                found,
+            });
+        }
+        let manifest: Self = serde_json::from_slice(body).map_err(|_| FormatError::Field {
+            what: WHAT,
+            field: "JSON",
+            reason: "not the fields of this version",
+        })?;
+        FORMAT.require(
+            manifest.version == COUNTER.u64(header),
+            COUNTER,
+            "not the body's",
+        )?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Checks what the types do not say: identities are hex, ranges run forward.
+    pub fn check(&self) -> Result<(), FormatError> {
+        let require = |ok: bool, field: &'static str, reason: &'static str| {
+            if ok {
+                return Ok(());
+            }
+            Err(FormatError::Field {
+                what: "manifest body",
+                field,
+                reason,
+            })
+        };
+        let hex = |text: &str, digits: usize| {
+            text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+        };
+        require(hex(&self.group, 32), "group", "not 32 hex digits")?;
+        for incarnation in &self.incarnations {
+            require(
+                hex(&incarnation.id, 32),
+                "incarnations.id",
+                "not 32 hex digits",
+            )?;
+            require(incarnation.ordinal != 0, "incarnations.ordinal", "zero")?;
+        }
+        for segment in &self.segments {
+            let forward = segment.first_frame <= segment.last_frame
+                && segment.first_seq < segment.end_seq
+                && segment.first_time_us <= segment.last_time_us;
+            require(forward, "segments", "a range that runs backwards")?;
+            let digest = &segment.last_digest;
+            require(hex(digest, 64), "segments.last_digest", "not 64 hex digits")?;
+        }
+        Ok(())
     }
 }

@@ -5,11 +5,17 @@
 //! bytes are verified zero. `docs/format/` has a page per format; a test compares its table with
 //! the constants here.
 
+pub mod digest;
 pub mod error;
 pub mod frame;
+pub mod layout;
 pub mod manifest;
 pub mod record;
 pub mod segment;
 pub mod varint;
 
 pub use error::FormatError;
+pub use layout::Field;
+
+#[cfg(test)]
+mod tests;

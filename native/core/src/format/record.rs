@@ -62,21 +62,47 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RecordBody {
     /// A write of the application. `payload` has one entry a block.
-    Write { extent: Extent, payload: Payload },
+    Write {
+        extent: Extent,
+        payload: Payload,
+    },
     /// A copy of what the backing held, made by first copy or recovery.
-    Resync { extent: Extent, payload: Payload },
-    Zero { extent: Extent },
-    Discard { extent: Extent },
-    Bookmark { label: String },
+    Resync {
+        extent: Extent,
+        payload: Payload,
+    },
+    Zero {
+        extent: Extent,
+    },
+    Discard {
+        extent: Extent,
+    },
+    Bookmark {
+        label: String,
+    },
     /// A FLUSH was answered for everything before.
     Barrier,
-    SpanBegin { cause: Cause },
+    SpanBegin {
+        cause: Cause,
+    },
     SpanEnd,
     /// History between two points was not recorded.
-    Gap { cause: Cause, first_seq: Seq, end_seq: Seq, first_time: TimeUs, bytes: u64 },
-    ClockStep { us: i64 },
+    Gap {
+        cause: Cause,
+        first_seq: Seq,
+        end_seq: Seq,
+        first_time: TimeUs,
+        bytes: u64,
+    },
+    ClockStep {
+        us: i64,
+    },
     /// A volume of the group and its size; repeated at the head of every incarnation.
-    Volume { volume: VolumeIndex, size: u64, name: String },
+    Volume {
+        volume: VolumeIndex,
+        size: u64,
+        name: String,
+    },
 }
 
 /// Payload of a record's blocks, with the common cases free of allocation.
