@@ -1,0 +1,1 @@
+"""Who we are, whom we trust, and how keys rest on disk."""
