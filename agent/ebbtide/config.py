@@ -11,7 +11,7 @@ import ipaddress
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -57,6 +57,8 @@ def _address(value: object) -> object:
     return value
 
 
+S = TypeVar("S", bound=BaseModel)
+
 Size = Annotated[int, BeforeValidator(_size)]
 Address = Annotated[str, BeforeValidator(_address)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -98,7 +100,6 @@ class SourceSection(_Section):
     spool_bytes_max: Annotated[Size, Field(ge=256 << 20)] = 20 << 30
     cache_bytes: Annotated[Size, Field(ge=16 << 20, le=64 << 30)] = 256 << 20
     frame_delay_ms: Annotated[int, Field(ge=0, le=1000)] = 10
-    suite: Literal["sm4-gcm", "aes-256-gcm"] = "sm4-gcm"
 
 
 class TargetSection(_Section):
@@ -193,12 +194,10 @@ def parse_config(data: dict[str, Any], *, base: Path, name: str = "agent.toml") 
 
 
 def _absolute(config: Config, base: Path) -> Config:
-    def section[T: BaseModel](model: T) -> T:
+    def section(model: S) -> S:
         return model.model_copy(
             update={
-                key: base / value.expanduser()
-                for key, value in model
-                if isinstance(value, Path)
+                key: base / value.expanduser() for key, value in model if isinstance(value, Path)
             }
         )
 
@@ -245,14 +244,12 @@ def _plain(finding: Any) -> str:
 def _did_you_mean(key: str, section: list[str]) -> str:
     """Suggest the nearest key of the same section, else a section that has the key."""
     known = keys_of(section)
+    owners = [other for other in Config.model_fields if other != "peer" and key in keys_of([other])]
+    if owners:
+        return f"'{key}' belongs in [{owners[0]}]"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
-    owners = [
-        other for other in Config.model_fields if other != "peer" and key in keys_of([other])
-    ]
-    if owners:
-        return f"'{key}' belongs in [{owners[0]}]"
     return f"known here: {', '.join(known)}"
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 __all__ = [
     "CODE_WORDS",
+    "KINDS",
     "ConfigError",
     "DamagedError",
     "EbbError",
@@ -138,7 +139,8 @@ class PointError(EbbError):
     default_code = "no-point"
 
 
-#: Every code word that a native process, an agent or this package sends, and its class.
+#: Code words that our own processes send, and their class. Most words need no entry: the class
+#: travels beside them as a number (`AgentFailure.kind`). Control sockets carry the word alone.
 CODE_WORDS: dict[str, type[EbbError]] = {
     "internal": InternalError,
     "usage": UsageError,
@@ -156,6 +158,7 @@ CODE_WORDS: dict[str, type[EbbError]] = {
     "busy": RefusedError,
     "locked": RefusedError,
     "fenced": RefusedError,
+    "conflict": RefusedError,
     "not-unlocked": RefusedError,
     "on-protected-volume": RefusedError,
     "volume-shrank": RefusedError,
@@ -176,11 +179,33 @@ CODE_WORDS: dict[str, type[EbbError]] = {
     "no-point": PointError,
     "before-horizon": PointError,
     "in-future": PointError,
-    "in-span": PointError,
+    "inside-span": PointError,
     "no-bookmark": PointError,
 }
 
+#: Class of an `AgentFailure.kind`, which equals the exit code.
+KINDS: dict[int, type[EbbError]] = {
+    int(kind.exit_code): kind
+    for kind in (
+        InternalError,
+        UsageError,
+        ConfigError,
+        NotFoundError,
+        RefusedError,
+        UnreachableError,
+        DamagedError,
+        NoSpaceError,
+        PrivilegeError,
+        PointError,
+    )
+}
 
-def error_from(code: str, message: str, hint: str = "") -> EbbError:
-    """Rebuild the error that another process named; a word we do not know is `InternalError`."""
-    return CODE_WORDS.get(code, InternalError)(message, hint=hint, code=code)
+
+def error_from(code: str, message: str, hint: str = "", *, kind: int = 0) -> EbbError:
+    """Rebuild the error that another process named.
+
+    `kind` (an exit code) decides the class if given, else the code word; a word that neither
+    explains is an `InternalError`.
+    """
+    chosen = KINDS.get(kind) or CODE_WORDS.get(code, InternalError)
+    return chosen(message, hint=hint, code=code)

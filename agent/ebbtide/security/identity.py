@@ -11,7 +11,7 @@ import os
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,6 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ebbtide.errors import ConfigError, RefusedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: DNS name in every certificate; clients verify this one instead of the address they dial.
 TLS_NAME = "agent.ebbtide.invalid"

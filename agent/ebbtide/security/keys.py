@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ebbtide.errors import ConfigError, DamagedError
 from ebbtide.security.identity import read_private, write_new
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KEY_LEN = 32
 NONCE_LEN = 12

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from ebbtide.config import Config
 from ebbtide.errors import ConfigError, NotFoundError, UnreachableError
 from ebbtide.security.identity import (
     Certificate,
@@ -15,6 +14,11 @@ from ebbtide.security.identity import (
     load_identity,
     read_certificate,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ebbtide.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +108,7 @@ def load_peers(config: Config) -> tuple[Identity, PinnedPeers]:
         name=config.agent.name, address=config.agent.listen, certificate=identity.certificate
     )
     peers = [
-        Peer(
-            name=name, address=section.address, certificate=load_certificate(section.certificate)
-        )
+        Peer(name=name, address=section.address, certificate=load_certificate(section.certificate))
         for name, section in config.peer.items()
     ]
     return identity, PinnedPeers(own, peers)

@@ -1,22 +1,18 @@
 """TLS 1.3 in both directions, with pinned certificates on both sides.
 
-grpcio has no setter for the lowest TLS version. We allow a single TLS 1.2 suite, an RSA one, that
-an ECDSA certificate cannot serve: every TLS 1.2 handshake ends with "no shared cipher", TLS 1.3
-suites are not affected. A test proves the floor. The variable must be set before gRPC makes its
-first credentials, hence on import of this module, which is the only one that makes any.
+The floor is set in `ebbtide/__init__.py`, before gRPC is imported, and proven by a test.
 """
 
 from __future__ import annotations
 
-import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
 from ebbtide.security.identity import TLS_NAME, Identity
-from ebbtide.security.peers import Peer, PinnedPeers
 
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+if TYPE_CHECKING:
+    from ebbtide.security.peers import Peer, PinnedPeers
 
 #: Largest gRPC message: a batch of frames, with room for its tag and one frame beyond.
 MESSAGE_BYTES_MAX: Final = 8 << 20
