@@ -82,9 +82,8 @@ impl Plan {
     /// Verdict on an operation that is not a write.
     fn change(&mut self, needs_space: bool) -> io::Result<()> {
         match self.fault_of_change() {
-            None => {}
             Some(Fault::NoSpace) if needs_space => return Err(full()),
-            Some(Fault::NoSpace) => {}
+            None | Some(Fault::NoSpace) => {}
             Some(_) => return Err(broken()),
         }
         if needs_space && self.space == Some(0) {
