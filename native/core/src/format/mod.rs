@@ -6,12 +6,14 @@
 //! the constants here.
 
 pub mod digest;
+mod directory;
 pub mod error;
 pub mod frame;
 pub mod layout;
 pub mod manifest;
 pub mod record;
 pub mod segment;
+mod table;
 pub mod varint;
 
 pub use error::FormatError;

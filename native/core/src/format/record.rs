@@ -21,8 +21,9 @@
 //! reference := frames back varint (0 = this frame) | first payload block varint | blocks u8
 //! ```
 
-use super::FormatError;
-use super::frame::FrameHeader;
+pub use super::directory::{REFERENCE_BLOCKS_MAX, read_directory, write_directory};
+pub use super::table::{PlacedRecord, TableReader, TableWriter, read_table};
+use super::varint::VARINT_LEN_MAX;
 use crate::types::{BlockIndex, Extent, Seq, TimeUs, VolumeIndex};
 
 /// Where the bytes of one block of a WRITE or RESYNC are.
@@ -112,6 +113,133 @@ pub enum Payload {
     Map(Vec<BlockPayload>),
 }
 
+impl Cause {
+    /// The cause that `value` means on disk.
+    pub fn from_u8(value: u8) -> Option<Self> {
+        Some(match value {
+            1 => Self::FirstCopy,
+            2 => Self::UncleanStop,
+            3 => Self::SpoolFull,
+            4 => Self::SpoolFailed,
+            5 => Self::EncoderStuck,
+            6 => Self::BackingChanged,
+            7 => Self::BackingError,
+            8 => Self::NoKey,
+            9 => Self::Requested,
+            _ => return None,
+        })
+    }
+}
+
+impl Payload {
+    /// Payload of block `index` of the record. A map must be long enough.
+    pub fn get(&self, index: usize) -> BlockPayload {
+        match self {
+            Self::All(payload) => *payload,
+            Self::Map(map) => map[index],
+        }
+    }
+
+    /// The one kind of payload that all blocks have.
+    pub fn uniform(&self) -> Option<BlockPayload> {
+        match self {
+            Self::All(payload) => Some(*payload),
+            Self::Map(map) => {
+                let first = *map.first()?;
+                map.iter().all(|&payload| payload == first).then_some(first)
+            }
+        }
+    }
+
+    /// How many of the first `blocks` blocks are stored; with all blocks of the record, how many
+    /// blocks of the payload stream it has.
+    pub fn stored_before(&self, blocks: usize) -> usize {
+        match self {
+            Self::All(BlockPayload::Stored) => blocks,
+            Self::All(_) => 0,
+            Self::Map(map) => map[..blocks]
+                .iter()
+                .filter(|&&payload| payload == BlockPayload::Stored)
+                .count(),
+        }
+    }
+}
+
+impl RecordBody {
+    /// The blocks that the record changes; none for a record that is not about data.
+    pub fn extent(&self) -> Option<Extent> {
+        match self {
+            Self::Write { extent, .. }
+            | Self::Resync { extent, .. }
+            | Self::Zero { extent }
+            | Self::Discard { extent } => Some(*extent),
+            _ => None,
+        }
+    }
+
+    /// Payload of a WRITE or RESYNC.
+    pub fn payload(&self) -> Option<&Payload> {
+        match self {
+            Self::Write { payload, .. } | Self::Resync { payload, .. } => Some(payload),
+            _ => None,
+        }
+    }
+
+    /// Blocks of the frame's payload stream that belong to the record. At most `usize::MAX` for an
+    /// extent that no writer accepts.
+    pub fn stored_blocks(&self) -> usize {
+        let Some((extent, payload)) = self.extent().zip(self.payload()) else {
+            return 0;
+        };
+        match payload {
+            Payload::All(BlockPayload::Stored) => {
+                usize::try_from(extent.blocks).unwrap_or(usize::MAX)
+            }
+            Payload::All(_) => 0,
+            Payload::Map(map) => payload.stored_before(map.len()),
+        }
+    }
+
+    /// Not plain data; its frame has the flag `EVENTS`.
+    pub fn is_event(&self) -> bool {
+        self.extent().is_none()
+    }
+
+    /// Upper bound of the bytes that the record takes in a table, for closing a frame in time.
+    pub fn encoded_len_max(&self) -> usize {
+        let head = 1 + VARINT_LEN_MAX;
+        let extent = 2 + 2 * VARINT_LEN_MAX;
+        head + match self {
+            Self::Write { payload, .. } | Self::Resync { payload, .. } => {
+                extent
+                    + match payload {
+                        Payload::All(_) => 0,
+                        Payload::Map(map) => map.len().div_ceil(4),
+                    }
+            }
+            Self::Zero { .. } | Self::Discard { .. } => extent,
+            Self::Barrier | Self::SpanEnd => 0,
+            Self::SpanBegin { .. } => 1,
+            Self::Bookmark { label } => 1 + label.len(),
+            Self::Gap { .. } => 1 + 4 * VARINT_LEN_MAX,
+            Self::ClockStep { .. } => VARINT_LEN_MAX,
+            Self::Volume { name, .. } => 2 + VARINT_LEN_MAX + 1 + name.len(),
+        }
+    }
+}
+
+impl CellEncoding {
+    /// The encoding that `value` means on disk.
+    pub fn from_u8(value: u8) -> Option<Self> {
+        Some(match value {
+            0 => Self::Raw,
+            1 => Self::Lz4,
+            2 => Self::Lz4Refs,
+            _ => return None,
+        })
+    }
+}
+
 /// How a cell's raw bytes became its sealed plaintext. Values are on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -137,43 +265,6 @@ pub struct CellEntry {
     pub sealed_len: u32,
     pub encoding: CellEncoding,
     pub references: Vec<Reference>,
-}
-
-/// Encodes records into a table, one after another.
-#[derive(Debug, Default)]
-pub struct TableWriter {
-    _private: (),
-}
-
-impl TableWriter {
-    /// Appends one record; `record.seq` must be the next, `record.time` later than the last.
-    pub fn push(&mut self, record: &Record) {
-        let _ = record;
-        todo!()
-    }
-}
-
-/// A record and the position of its first stored block in the frame's payload stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlacedRecord {
-    pub record: Record,
-    pub payload_block: u32,
-}
-
-/// Decodes the table of a frame. Ends after the first error. Checks that the sums agree with the
-/// header (`record_count`, `payload_blocks`, `last_time`) and that no byte is left over.
-pub fn read_table(
-    header: &FrameHeader,
-    table: &[u8],
-) -> impl Iterator<Item = Result<PlacedRecord, FormatError>> {
-    let _ = (header, table);
-    std::iter::empty()
-}
-
-/// Decodes the cell directory of a frame and checks it against the header.
-pub fn read_directory(header: &FrameHeader, bytes: &[u8]) -> Result<Vec<CellEntry>, FormatError> {
-    let _ = (header, bytes);
-    todo!()
 }
 
 /// First block index at `bytes` of volume offset, a helper used all over.

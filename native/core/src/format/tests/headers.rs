@@ -3,13 +3,15 @@
 
 use proptest::prelude::*;
 
-use super::FormatError;
-use super::frame::{self, FRAME_HEADER_LEN, FrameFlags, FrameHeader, frame_digest, verify_body};
-use super::manifest::{
+use crate::constants::{FRAME_BLOCKS_MAX, FRAME_BYTES_MAX, FRAME_RECORDS_MAX};
+use crate::format::FormatError;
+use crate::format::frame::{
+    self, FRAME_HEADER_LEN, FrameFlags, FrameHeader, frame_digest, verify_body,
+};
+use crate::format::manifest::{
     EventEntry, IncarnationEntry, MANIFEST_HEADER_LEN, Manifest, SegmentEntry, VolumeEntry,
 };
-use super::segment::{Parent, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::constants::{FRAME_BLOCKS_MAX, FRAME_BYTES_MAX, FRAME_RECORDS_MAX};
+use crate::format::segment::{Parent, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::types::{FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
 
 fn frame_header() -> FrameHeader {
@@ -305,7 +307,7 @@ fn the_frame_digest_covers_all_but_the_checksum() {
 
 #[test]
 fn a_body_must_be_whole_and_unchanged() {
-    use super::digest::sha256;
+    use crate::format::digest::sha256;
     let mut header = frame_header();
     let body: Vec<u8> = (0..header.body_len()).map(|at| (at % 251) as u8).collect();
     header.body_digest = sha256(&body);

@@ -1,0 +1,2 @@
+mod headers;
+pub(crate) mod table;
