@@ -1,6 +1,6 @@
 """Oracle: views equal a plain list of writes, byte for byte, at any microsecond.
 
-Guards invariants 1 (write order) and 5 (no garbage point), and S004-style recovery to any point:
+Guards invariants 1 (write order) and 5 (no garbage point), and S003-EMR-6 (microsecond rollback):
 a real NBD client writes known content to two volumes of a group, across restarts of every process;
 then views are opened at random points and one microsecond around single writes.
 """

@@ -39,6 +39,12 @@ def libnbd() -> Any:
     return sys.modules["nbd"]
 
 
+def nbd_error() -> type[Exception]:
+    """The class of libnbd's errors."""
+    found: type[Exception] = libnbd().Error
+    return found
+
+
 class Client:
     """One connection to one export."""
 
@@ -84,12 +90,6 @@ class Client:
 
     def flush(self) -> None:
         self.handle.flush()
-
-    @property
-    def error(self) -> type[Exception]:
-        """The class of libnbd's errors."""
-        found: type[Exception] = self._module.Error
-        return found
 
     def submit(
         self, kind: str, data: bytes, length: int, offset: int, done: Callable[[int], int]

@@ -188,12 +188,17 @@ class Stack:
 
     @classmethod
     @contextlib.contextmanager
-    def run(cls, directory: Path, *, source: str = "", target: str = "") -> Iterator[Stack]:
-        """Start both; end everything at the end. `source`, `target`: further configuration."""
+    def run(
+        cls, directory: Path, *, source: str = "", target: str = "", prefix: list[str] | None = None
+    ) -> Iterator[Stack]:
+        """Start both; end everything at the end.
+
+        `source`, `target`: further configuration; `prefix`: words before the agents' command.
+        """
         stack = cls(
             directory,
-            Host("source", directory / "source", free_port()),
-            Host("target", directory / "target", free_port()),
+            Host("source", directory / "source", free_port(), prefix or []),
+            Host("target", directory / "target", free_port(), prefix or []),
         )
         stack.source.lay_out(extra=source)
         stack.target.lay_out(extra=target)

@@ -1,0 +1,267 @@
+"""Kill -9 of every process at random moments: nothing flushed is lost, all recover by themselves.
+
+Guards invariants 2, 3 and 7 and S001-5.1.1b (nothing lost or damaged). Two loads: an NBD client
+that keeps a model and reconnects, and SQLite on a mounted ext4 on the attached block device, whose
+holder, tap, agents and view servers die under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+from ebbtide.rpc import agent_pb2
+from tests.support.nbd import Client, nbd_error
+from tests.support.stack import Host, Stack, eventually, is_alive
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.needs("root"),
+    pytest.mark.timeout(3600),
+    pytest.mark.usefixtures("leak_check"),
+]
+SLOT = 4096
+SLOTS = 256
+
+
+class Counter(threading.Thread):
+    """Writes a growing number into slot after slot, flushing now and then, across kills.
+
+    A slot is a block full of its number. One request is in flight at a time, so the order of
+    numbers is the order of writes. `unanswered` are the numbers whose answer never came: they may
+    or may not have happened.
+    """
+
+    def __init__(self, uri: str, rng: random.Random, before: Counter | None = None) -> None:
+        super().__init__(daemon=True)
+        self.uri, self.rng = uri, rng
+        self.number = before.number if before else 0
+        self.flushed = before.flushed if before else 0
+        self.unanswered: set[int] = before.unanswered if before else set()
+        self.failure: BaseException | None = None
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.stopping.is_set():
+                with contextlib.suppress(nbd_error()):
+                    self._write_until_cut()
+                time.sleep(0.01)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _write_until_cut(self) -> None:
+        with Client(self.uri) as client:
+            while not self.stopping.is_set():
+                self.number += 1
+                number = self.number
+                self.unanswered.add(number)
+                client.pwrite(number.to_bytes(8, "little") * (SLOT // 8), number % SLOTS * SLOT)
+                self.unanswered.remove(number)
+                if self.rng.random() < 0.05:
+                    client.flush()
+                    self.flushed = number
+
+    def finish(self) -> None:
+        self.stopping.set()
+        self.join(60)
+        assert not self.is_alive()
+        assert self.failure is None
+
+    def check(self, content: bytes, flushed: int) -> None:
+        """`content` is a prefix of the write order that holds everything up to `flushed`."""
+        slots = []
+        for slot in range(SLOTS):
+            block = content[slot * SLOT : (slot + 1) * SLOT]
+            assert block == block[:8] * (SLOT // 8), f"slot {slot} is torn"
+            slots.append(int.from_bytes(block[:8], "little"))
+        newest = max(slots)
+        assert newest >= flushed, f"newest is {newest}, {flushed} was flushed"
+        for slot, found in enumerate(slots):
+            wanted = newest - (newest - slot) % SLOTS
+            while wanted > 0 and found != wanted and wanted in self.unanswered:
+                wanted -= SLOTS
+            assert found == max(wanted, 0), f"slot {slot} is not of prefix {newest}"
+
+
+def victims(stack: Stack) -> dict[str, Callable[[], None]]:
+    """How to kill each process, and bring back what nobody supervises here: the agents."""
+
+    def agent(host: Host) -> None:
+        host.kill()
+        host.start()
+
+    def tap() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            pid = stack.source.source("ward").tap.pid
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def view() -> None:
+        for found in stack.target.status().views:
+            if found.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGKILL)
+
+    def holder() -> None:
+        listed = subprocess.run(
+            ["pgrep", "-f", "ebbtide.source.holder"], capture_output=True, text=True, check=False
+        )
+        for pid in listed.stdout.split():
+            if int(pid) in stack.source.helpers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    return {
+        "tap": tap,
+        "source": lambda: agent(stack.source),
+        "target": lambda: agent(stack.target),
+        "view": view,
+        "holder": holder,
+    }
+
+
+def settled(stack: Stack, within_s: float = 90) -> None:
+    """Wait until the tap serves, the span of recovery is closed and the target has everything."""
+
+    def quiet() -> bool:
+        with contextlib.suppress(grpc.RpcError, StopIteration):
+            group = stack.source.source("ward")
+            return (
+                group.state == agent_pb2.SourceGroup.STATE_SERVING
+                and is_alive(group.tap.pid)
+                and not group.tap.in_span
+                and stack.target.target("ward").durable_seq >= group.tap.last_seq > 0
+            )
+        return False
+
+    eventually(quiet, within_s, "the group recovers and catches up")
+
+
+def test_nothing_flushed_is_lost_over_nbd(
+    tmp_path: Path, rng: random.Random, rounds: Callable[[int], int]
+) -> None:
+    with Stack.run(tmp_path) as stack:
+        stack.protect("ward", {"disk": SLOT * SLOTS})
+        uri = stack.uri("ward", "disk")
+        kill = victims(stack)
+        counter = None
+        for _ in range(rounds(100)):
+            counter = Counter(uri, rng, counter)
+            counter.start()
+            killed = rng.choice(["tap", "tap", "source", "target"])
+            time.sleep(rng.uniform(0.05, 0.8))
+            kill[killed]()
+            time.sleep(rng.uniform(0.05, 0.5))
+            counter.finish()
+            settled(stack)
+            with Client(uri) as client:
+                source = client.read_all()
+            counter.check(source, counter.flushed)
+            with stack.view("ward") as view, Client(view.volumes[0].nbd_uri) as client:
+                assert client.read_all() == source, f"newest view differs after killing {killed}"
+        assert counter is not None
+        points = stack.target.stub.Points(agent_pb2.PointsRequest(group="ward"))
+        for _ in range(rounds(100)):
+            at = rng.randrange(points.horizon.time_us, points.newest.time_us + 1)
+            with (
+                stack.view("ward", at_time_us=at) as view,
+                Client(view.volumes[0].nbd_uri) as client,
+            ):
+                counter.check(client.read_all(), 0)
+
+
+@pytest.mark.needs("fuse", "loop", "mkfs.ext4")
+def test_sqlite_on_ext4_survives_every_kill(
+    tmp_path: Path, rng: random.Random, rounds: Callable[[int], int]
+) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    with Stack.run(tmp_path) as stack:
+        stack.protect("ward", {"disk": 128 << 20})
+        device = (
+            stack.source.stub.Attach(agent_pb2.AttachRequest(group="ward"), timeout=30)
+            .devices[0]
+            .device
+        )
+        subprocess.run(["mkfs.ext4", "-q", device], check=True)
+        subprocess.run(["mount", device, str(mountpoint)], check=True)
+        try:
+            survive(stack, mountpoint, rng, rounds(100))
+        finally:
+            subprocess.run(["umount", str(mountpoint)], check=False)
+
+
+def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> None:
+    kill = victims(stack)
+    database = sqlite3.connect(mountpoint / "ward.db", timeout=60)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.execute("CREATE TABLE beat (id INTEGER PRIMARY KEY, value BLOB)")
+    database.commit()
+    committed = 0
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        nonlocal committed
+        try:
+            connection = sqlite3.connect(mountpoint / "ward.db", timeout=60)
+            while not stop.is_set():
+                connection.execute("INSERT INTO beat (value) VALUES (randomblob(2000))")
+                connection.commit()
+                committed += 1
+            connection.close()
+        except BaseException as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        with stack.view("ward", writable=True):
+            for number in range(count):
+                time.sleep(rng.uniform(0.1, 0.6))
+                kill[rng.choice(sorted(kill))]()
+                assert not failures, f"kill {number}: {failures}"
+                if number % 5 == 4:
+                    check_history(stack, committed)
+    finally:
+        stop.set()
+        worker.join(120)
+        database.close()
+    assert not failures
+    assert not worker.is_alive()
+    check_history(stack, committed)
+
+
+def check_history(stack: Stack, committed_before: int) -> None:
+    """A writable view of the newest point mounts and holds every row committed before."""
+    settled(stack)
+    directory = stack.directory / "look"
+    directory.mkdir(exist_ok=True)
+    with stack.view("ward", writable=True) as view:
+        stack.target.stub.MountView(
+            agent_pb2.MountViewRequest(view=view.id, directory=str(directory)), timeout=60
+        )
+        found = sqlite3.connect(directory / "ward.db")
+        assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert found.execute("SELECT count(*) FROM beat").fetchone()[0] >= committed_before
+        found.close()
+        stack.target.stub.UnmountView(
+            agent_pb2.UnmountViewRequest(view=view.id, directory=str(directory)), timeout=60
+        )
