@@ -227,7 +227,7 @@ def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> N
                 connection.commit()
                 committed += 1
             connection.close()
-        except BaseException as error:
+        except (sqlite3.Error, OSError) as error:
             failures.append(error)
 
     worker = threading.Thread(target=work)
