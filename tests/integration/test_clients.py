@@ -6,6 +6,7 @@ with SQLite and PostgreSQL inside.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -129,6 +130,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[St
             subprocess.run(["umount", str(mountpoint)], check=False)
 
 
+@contextlib.contextmanager
 def look(stack: Stack) -> Iterator[Path]:
     """Mount the newest view, writable so that file systems and databases recover, and yield it."""
     stack.wait_durable("ward")
@@ -156,7 +158,7 @@ def test_sqlite_in_a_file_system(mounted: tuple[Stack, Path]) -> None:
     for number in range(200):
         database.execute("INSERT INTO surgery (note) VALUES (?)", (f"note {number} " * 50,))
         database.commit()
-    for directory in look(stack):
+    with look(stack) as directory:
         found = sqlite3.connect(directory / "his.db")
         assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert found.execute("SELECT count(*) FROM surgery").fetchone() == (200,)
