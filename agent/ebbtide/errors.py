@@ -165,6 +165,7 @@ CODE_WORDS: dict[str, type[EbbError]] = {
     "backing-changed": RefusedError,
     "read-only": RefusedError,
     "stopping": RefusedError,
+    "unconfirmed": RefusedError,
     "unreachable": UnreachableError,
     "timeout": UnreachableError,
     "untrusted": UnreachableError,

@@ -33,10 +33,11 @@ RUST_MAY_USE = {
 NO_IO = re.compile(r"std::(fs|net|os|process|thread|io)\b|\brustix::|\blibc::")
 
 # What each part of the Python package may import of the others.
-BASE = {"errors", "times", "_native"}
+BASE = {"errors", "times", "units", "_native"}
 PYTHON_MAY_USE = {
     "errors": set(),
     "times": {"errors"},
+    "units": set(),
     "security": BASE | {"config"},
     "config": BASE,
     "rpc": BASE | {"config", "security"},

@@ -1,0 +1,5 @@
+"""`python -m ebbtide.cli` is `ebb`."""
+
+from ebbtide.cli import main
+
+main()
