@@ -7,6 +7,8 @@ import sys
 
 def main() -> None:
     """Entry point of the program `ebb`."""
-    from ebbtide.cli.app import run
-
+    try:
+        from ebbtide.cli.app import run  # takes a while: Ctrl-C may come here too
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))

@@ -1,7 +1,5 @@
 """Puts the verbs together and turns whatever happens into a documented exit code."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
@@ -23,7 +21,13 @@ from ebbtide.cli import (
     view,
 )
 from ebbtide.cli.output import Output, silence
-from ebbtide.cli.session import Ended
+from ebbtide.cli.session import (
+    AgentOption,
+    Before,
+    ConfigOption,
+    Ended,
+    JsonOption,
+)
 from ebbtide.errors import ExitCode, InternalError, UsageError
 
 app = typer.Typer(
@@ -39,8 +43,14 @@ for module in (demo_verb, init, doctor, agent_verb, protect, status, points, vie
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    context: typer.Context,
+    config_path: ConfigOption = None,
+    agent_name: AgentOption = "",
+    json: JsonOption = False,
+) -> None:
     """Continuous data protection: every write of a volume, and any microsecond of it back."""
+    context.obj = Before(config_path, agent_name, json)
 
 
 def run(arguments: list[str]) -> int:

@@ -166,7 +166,7 @@ def unprotect(
 
 def attach(
     session: Session,
-    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="The group ...")] = "",
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="The group ...")] = "",
     view: Annotated[str, typer.Option("--view", metavar="VIEW", help="... or the view.")] = "",
     volume: Annotated[str, typer.Option("--volume", metavar="NAME", help="Only this one.")] = "",
     method: Annotated[Method, typer.Option("--method", help="How.")] = Method.AUTO,
@@ -190,7 +190,7 @@ def attach(
 
 def detach(
     session: Session,
-    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="The group ...")] = "",
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="The group ...")] = "",
     view: Annotated[str, typer.Option("--view", metavar="VIEW", help="... or the view.")] = "",
     volume: Annotated[str, typer.Option("--volume", metavar="NAME", help="Only this one.")] = "",
 ) -> None:

@@ -39,6 +39,15 @@ _SHARED: tuple[tuple[str, Any, object], ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The shared options as given before the verb: `ebb --config FILE status`."""
+
+    config_path: Path | None = None
+    agent_name: str = ""
+    json: bool = False
+
+
 class Ended(Exception):  # noqa: N818 - an outcome, not an error
     """The verb ended with this exit code, and everything has been said."""
 
@@ -116,16 +125,27 @@ def verb(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         keyword = inspect.Parameter.KEYWORD_ONLY
-        shared = [
+        shared = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+        shared += [
             inspect.Parameter(key, keyword, default=default, annotation=annotation)
             for key, annotation, default in _SHARED
         ]
 
         @functools.wraps(function)
         def command(
-            *, config_path: Path | None, agent_name: str, json: bool, **arguments: Any
+            *,
+            context: typer.Context,
+            config_path: Path | None,
+            agent_name: str,
+            json: bool,
+            **arguments: Any,
         ) -> None:
-            session = Session(config_path, agent_name, Output(json=json))
+            before = context.find_root().obj or Before()
+            session = Session(
+                config_path or before.config_path,
+                agent_name or before.agent_name,
+                Output(json=json or before.json),
+            )
             try:
                 function(session, **arguments)
                 sys.stdout.flush()

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def status(
     session: Session,
-    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="Only this group.")] = "",
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="Only this group.")] = "",
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="A live picture, until Ctrl-C.")
     ] = False,

@@ -94,7 +94,7 @@ def show_view(out: Output, view: agent_pb2.View) -> None:
 
 def list_views(
     session: Session,
-    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="Only of this group.")] = "",
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="Only of this group.")] = "",
 ) -> None:
     """List the open views."""
     with session.connect() as client:
@@ -155,7 +155,7 @@ def unmount_view(
     session: Session,
     view: ViewArgument,
     directory: Annotated[
-        str, typer.Argument(metavar="[DIRECTORY]", help="Only there; else everywhere.")
+        str, typer.Argument(metavar="DIRECTORY", help="Only there; else everywhere.")
     ] = "",
 ) -> None:
     """Unmount the file systems of a view; the view stays open."""
