@@ -20,4 +20,4 @@ pub use error::FormatError;
 pub use layout::Field;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,0 +1,667 @@
+//! Frames come back as they went, in every shape; no single flipped bit passes, nor a cell that
+//! needs too much to be read.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::encode::seal;
+use super::lz4::reference::compress_with_dict;
+use super::*;
+use crate::constants::{BLOCK_SIZE, CELL_BLOCKS, FRAME_BLOCKS_MAX, REFERENCE_CELLS_MAX};
+use crate::crypto::{GroupKey, Suite};
+use crate::format::digest::sha256;
+use crate::format::frame::{FrameFlags, verify_body};
+use crate::format::record::{
+    BlockPayload, CellEncoding, Payload, Record, RecordBody, Reference, TableWriter, read_table,
+    write_directory,
+};
+use crate::types::{BlockIndex, Extent, Seq, TimeUs, VolumeIndex};
+
+const SUITES: [Suite; 2] = [Suite::Sm4Gcm, Suite::Aes256Gcm];
+
+fn context(suite: Suite) -> FrameContext {
+    let (group, incarnation) = (GroupId([2; 16]), IncarnationId([3; 16]));
+    FrameContext {
+        group,
+        generation: Generation {
+            counter: 1,
+            site: 9,
+        },
+        incarnation,
+        suite: suite as u16,
+        key: IncarnationKey::derive(suite, &GroupKey([1; 32]), group, incarnation, &[4; 32]),
+    }
+}
+
+/// Frames in memory; counts what is read.
+#[derive(Default)]
+struct Frames {
+    frames: HashMap<u32, Vec<u8>>,
+    cells_read: RefCell<usize>,
+}
+
+impl FrameSource for Frames {
+    fn map(&self, frame_no: FrameNo) -> Result<Arc<FrameMap>, CodecError> {
+        let frame = self.frames.get(&frame_no.0);
+        let frame = frame.ok_or_else(|| CodecError::Source("no such frame".into()))?;
+        Ok(Arc::new(FrameMap::parse(frame)?))
+    }
+
+    fn sealed(&self, frame: &FrameMap, cell: u32, out: &mut Vec<u8>) -> Result<(), CodecError> {
+        let bytes = &self.frames[&frame.header.frame_no.0];
+        let from = frame.cell_offsets[cell as usize] as usize;
+        let len = frame.directory[cell as usize].sealed_len as usize;
+        out.clear();
+        out.extend_from_slice(&bytes[from..from + len]);
+        *self.cells_read.borrow_mut() += 1;
+        Ok(())
+    }
+}
+
+fn one(frame_no: u32, bytes: Vec<u8>) -> Frames {
+    Frames {
+        frames: HashMap::from([(frame_no, bytes)]),
+        ..Frames::default()
+    }
+}
+
+/// All raw blocks of a frame.
+fn open_all(key: &IncarnationKey, frames: &Frames, frame_no: u32) -> Result<Vec<u8>, CodecError> {
+    let map = frames.map(FrameNo(frame_no))?;
+    map.authenticate(key)?;
+    let mut all = Vec::new();
+    let mut raw = vec![0xaa; 5];
+    for cell in 0..map.header.cell_count() {
+        let cell = u32::try_from(cell).unwrap();
+        open_cell(key, frames, FrameNo(frame_no), cell, &mut raw)?;
+        all.extend_from_slice(&raw);
+    }
+    Ok(all)
+}
+
+fn write(at: u64, blocks: u64) -> Record {
+    Record {
+        seq: Seq(at + 1),
+        time: TimeUs(1000 + at * 7),
+        body: RecordBody::Write {
+            extent: Extent {
+                volume: VolumeIndex(0),
+                start: BlockIndex(at * 3),
+                blocks,
+            },
+            payload: Payload::All(BlockPayload::Stored),
+        },
+    }
+}
+
+/// Records that store so many blocks.
+fn writes(blocks: usize) -> Vec<Record> {
+    let mut left = blocks as u64;
+    let mut records = Vec::new();
+    while left > 0 {
+        let taken = left.min(200);
+        records.push(write(records.len() as u64, taken));
+        left -= taken;
+    }
+    records
+}
+
+/// xorshift64: bytes that nothing compresses.
+fn noise(blocks: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed * 2 + 1;
+    let words = (0..blocks * BLOCK_SIZE / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.collect()
+}
+
+/// Pages that LZ4 shrinks: half text-like rows, half free space.
+fn pages(blocks: usize, seed: u64) -> Vec<u8> {
+    let mut bytes = noise(blocks, seed);
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        if at % BLOCK_SIZE > 1500 {
+            *byte = 0;
+        } else if at % 16 < 12 {
+            *byte = b"row of text "[at % 16 % 12];
+        }
+    }
+    bytes
+}
+
+fn encode(suite: Suite, records: &[Record], payload: &[&[u8]], effort: Effort) -> UnlinkedFrame {
+    FrameEncoder::default()
+        .encode(&context(suite), FrameNo(5), 0, records, payload, effort)
+        .unwrap()
+}
+
+#[test]
+fn a_frame_comes_back_whole() {
+    for suite in SUITES {
+        for effort in [Effort::Raw, Effort::Lz4] {
+            for blocks in [1, 2, 15, 16, 17, 32, 300, FRAME_BLOCKS_MAX] {
+                let mut payload = pages(blocks, 3);
+                payload[blocks / 2 * BLOCK_SIZE..].copy_from_slice(&noise(blocks - blocks / 2, 4));
+                let records = writes(blocks);
+                let frame = encode(suite, &records, &[&payload], effort);
+                let (header, bytes, digest) = frame.link([7; 32]);
+                assert_eq!(FrameHeader::parse(&bytes), Ok(header.clone()));
+                assert_eq!(header.prev, [7; 32]);
+                assert_eq!(header.digest(), digest);
+                assert_eq!(header.frame_len(), bytes.len());
+                assert_eq!(verify_body(&header, &bytes[FRAME_HEADER_LEN..]), Ok(()));
+                let table = &bytes[FRAME_HEADER_LEN..][..header.table_len as usize];
+                let placed: Result<Vec<_>, _> = read_table(&header, table).collect();
+                let back: Vec<Record> = placed.unwrap().into_iter().map(|p| p.record).collect();
+                assert_eq!(back, records);
+                let frames = one(5, bytes);
+                let opened = open_all(&context(suite).key, &frames, 5).unwrap();
+                assert!(opened == payload, "{suite:?} {effort:?} {blocks} blocks");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_frame_without_payload_is_still_authenticated() {
+    let body = RecordBody::Bookmark { label: "x".into() };
+    let record = Record {
+        seq: Seq(1),
+        time: TimeUs(1),
+        body,
+    };
+    let frame = encode(Suite::Aes256Gcm, &[record], &[], Effort::Lz4);
+    let (header, bytes, _) = frame.link([1; 32]);
+    assert!(header.flags.has(FrameFlags::EVENTS));
+    assert_eq!((header.cells_len, header.directory_len), (0, 0));
+    let map = FrameMap::parse(&bytes).unwrap();
+    assert!(map.authenticate(&context(Suite::Aes256Gcm).key).is_ok());
+    assert!(matches!(
+        map.authenticate(&context(Suite::Sm4Gcm).key),
+        Err(CodecError::Format(FormatError::Field {
+            field: "suite",
+            ..
+        }))
+    ));
+}
+
+#[test]
+fn effort_and_content_decide_the_encoding() {
+    let encodings = |payload: &[u8], effort| {
+        let records = writes(payload.len() / BLOCK_SIZE);
+        let frame = encode(Suite::Aes256Gcm, &records, &[payload], effort);
+        let map = FrameMap::parse(&frame.link([0; 32]).1).unwrap();
+        map.directory
+            .iter()
+            .map(|cell| cell.encoding)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        encodings(&pages(20, 1), Effort::Lz4),
+        [CellEncoding::Lz4; 2]
+    );
+    assert_eq!(
+        encodings(&pages(20, 1), Effort::Raw),
+        [CellEncoding::Raw; 2]
+    );
+    assert_eq!(
+        encodings(&noise(20, 1), Effort::Lz4),
+        [CellEncoding::Raw; 2]
+    );
+    assert_eq!(encodings(&pages(1, 1), Effort::Lz4), [CellEncoding::Lz4]);
+    assert_eq!(encodings(&noise(1, 1), Effort::Lz4), [CellEncoding::Raw]);
+    // Most of the cell is noise, but not all.
+    let mut mixed = noise(16, 1);
+    mixed[12 * BLOCK_SIZE..].copy_from_slice(&pages(4, 1));
+    assert_eq!(encodings(&mixed, Effort::Lz4), [CellEncoding::Lz4]);
+}
+
+#[test]
+fn payload_that_disagrees_with_the_records_is_refused() {
+    let encode = |records: &[Record], payload: &[&[u8]]| {
+        FrameEncoder::default().encode(
+            &context(Suite::Aes256Gcm),
+            FrameNo(0),
+            0,
+            records,
+            payload,
+            Effort::Lz4,
+        )
+    };
+    let payload = noise(2, 1);
+    assert!(encode(&writes(2), &[&payload]).is_ok());
+    assert!(encode(&writes(1), &[&payload]).is_err(), "a block too many");
+    assert!(encode(&writes(3), &[&payload]).is_err(), "a block too few");
+    assert!(
+        encode(&writes(2), &[&payload[..4095], &payload[4095..]]).is_err(),
+        "half blocks"
+    );
+    assert!(encode(&[], &[]).is_err(), "no records");
+    assert!(
+        encode(&[write(0, 1), write(0, 1)], &[&payload]).is_err(),
+        "one seq twice"
+    );
+}
+
+/// The encoder keeps scratch memory, nothing else, from frame to frame.
+#[test]
+fn an_encoder_forgets_the_frame_before_also_a_refused_one() {
+    let mut encoder = FrameEncoder::default();
+    let context = context(Suite::Aes256Gcm);
+    let payload = pages(40, 1);
+    let mut encode = |records: &[Record], payload: &[&[u8]]| {
+        encoder.encode(&context, FrameNo(5), 0, records, payload, Effort::Lz4)
+    };
+    encode(&writes(40), &[&payload]).unwrap();
+    assert!(encode(&writes(41), &[&payload]).is_err());
+    let small = noise(1, 2);
+    let frame = encode(&writes(1), &[&small]).unwrap();
+    let bytes = frame.link([1; 32]).1;
+    assert!(open_all(&context.key, &one(5, bytes), 5).unwrap() == small);
+}
+
+/// Every bit of a frame is covered by something that needs no key.
+#[test]
+fn no_flipped_bit_passes_parse_and_verify() {
+    let payload = pages(2, 1);
+    let frame = encode(Suite::Aes256Gcm, &writes(2), &[&payload], Effort::Lz4);
+    let bytes = frame.link([9; 32]).1;
+    let verify = |bytes: &[u8]| {
+        let header = FrameHeader::parse(bytes)?;
+        verify_body(&header, &bytes[FRAME_HEADER_LEN..])
+    };
+    assert_eq!(verify(&bytes), Ok(()));
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(verify(&damaged).is_err(), "bit {bit}");
+    }
+    for len in 0..bytes.len() {
+        assert!(verify(&bytes[..len]).is_err(), "cut to {len}");
+    }
+}
+
+/// Someone without the key makes all checksums and digests right again: the seals still find it.
+#[test]
+fn no_flipped_bit_passes_the_seals() {
+    let payload = pages(2, 1);
+    let records = writes(2);
+    for suite in SUITES {
+        let key = context(suite).key;
+        let bytes = encode(suite, &records, &[&payload], Effort::Lz4)
+            .link([9; 32])
+            .1;
+        let parsed = FrameHeader::parse(&bytes).unwrap();
+        let clear = parsed.head_len();
+        for bit in 0..bytes.len() * 8 {
+            let at = bit / 8;
+            let mut forged = bytes.clone();
+            forged[at] ^= 1 << (bit % 8);
+            if (200..232).contains(&at) || (168..200).contains(&at) || at >= 248 && at < 256 {
+                // `prev`, `body_digest` and the checksum: no seal covers them. `prev` is the
+                // chain's to check, the others are recomputed here anyway.
+                continue;
+            }
+            if at >= FRAME_HEADER_LEN {
+                let digest = sha256(&forged[FRAME_HEADER_LEN..clear]);
+                forged[120..152].copy_from_slice(&digest);
+                let digest = sha256(&forged[FRAME_HEADER_LEN..]);
+                forged[168..200].copy_from_slice(&digest);
+            }
+            let sum = xxh3_64(&forged[..248]);
+            forged[248..256].copy_from_slice(&sum.to_le_bytes());
+            let read = open_all(&key, &one(5, forged), 5);
+            assert!(read.is_err(), "{suite:?} bit {bit}");
+        }
+    }
+}
+
+#[test]
+fn frames_do_not_open_in_each_others_place() {
+    let key = context(Suite::Aes256Gcm).key;
+    let payload = noise(32, 1);
+    let frame = encode(Suite::Aes256Gcm, &writes(32), &[&payload], Effort::Lz4);
+    let mut bytes = frame.link([1; 32]).1;
+    let map = FrameMap::parse(&bytes).unwrap();
+    let (a, b) = (map.cell_offsets[0] as usize, map.cell_offsets[1] as usize);
+    let (first, second) = bytes[a..].split_at_mut(b - a);
+    first.swap_with_slice(second);
+    let frames = one(5, bytes);
+    let mut raw = Vec::new();
+    for cell in 0..2 {
+        let opened = open_cell(&key, &frames, FrameNo(5), cell, &mut raw);
+        assert!(matches!(opened, Err(CodecError::Cell { cell: at, .. }) if at == cell));
+    }
+    assert!(
+        open_cell(&key, &frames, FrameNo(5), 2, &mut raw).is_err(),
+        "behind the last"
+    );
+    assert!(
+        open_cell(&key, &frames, FrameNo(6), 0, &mut raw).is_err(),
+        "no such frame"
+    );
+}
+
+/// A frame whose cells are compressed against what `references` name; `dictionaries` are the raw
+/// bytes that they mean.
+fn frame_with_references(
+    frame_no: u32,
+    floor: u32,
+    payload: &[u8],
+    cells: &[(Vec<Reference>, Vec<u8>)],
+) -> Vec<u8> {
+    let context = context(Suite::Aes256Gcm);
+    let mut table = TableWriter::default();
+    for record in writes(payload.len() / BLOCK_SIZE) {
+        table.push(&record).unwrap();
+    }
+    let mut entries = Vec::new();
+    let mut body = Vec::new();
+    for (raw, (references, dictionary)) in payload.chunks(CELL_BLOCKS * BLOCK_SIZE).zip(cells) {
+        let start = body.len();
+        body.extend_from_slice(&xxh3_64(raw).to_le_bytes());
+        let encoding = if references.is_empty() {
+            body.extend_from_slice(raw);
+            CellEncoding::Raw
+        } else {
+            let block = compress_with_dict(raw, dictionary);
+            assert!(
+                block.len() < 2000,
+                "the dictionary was of no use: {}",
+                block.len()
+            );
+            body.extend_from_slice(&block);
+            CellEncoding::Lz4Refs
+        };
+        body.extend_from_slice(&[0; 16]);
+        entries.push(CellEntry {
+            sealed_len: u32::try_from(body.len() - start).unwrap(),
+            encoding,
+            references: references.clone(),
+        });
+    }
+    let mut directory = Vec::new();
+    write_directory(&entries, &mut directory);
+    let clear = [table.bytes(), &directory].concat();
+    let header = FrameHeader {
+        flags: FrameFlags(0),
+        group: context.group,
+        generation: context.generation,
+        incarnation: context.incarnation,
+        frame_no: FrameNo(frame_no),
+        suite: context.suite,
+        first_seq: table.first_seq(),
+        first_time: table.first_time(),
+        last_time: table.last_time(),
+        record_count: u32::try_from(table.records()).unwrap(),
+        payload_blocks: u32::try_from(table.payload_blocks()).unwrap(),
+        table_len: u32::try_from(table.bytes().len()).unwrap(),
+        directory_len: u32::try_from(directory.len()).unwrap(),
+        cells_len: u32::try_from(body.len()).unwrap(),
+        ref_floor: FrameNo(floor),
+        table_digest: sha256(&clear),
+        header_tag: [0; 16],
+        body_digest: [0; 32],
+        prev: [0; 32],
+        nonce_random: 77,
+    };
+    let bytes = [&[0; FRAME_HEADER_LEN][..], &clear, &body].concat();
+    let cipher = context.key.frame(header.frame_no, header.nonce_random);
+    seal(header, &cipher, &entries, bytes).link([0; 32]).1
+}
+
+fn reference(frames_back: u32, first_block: usize, blocks: u8) -> Reference {
+    Reference {
+        frames_back,
+        first_block: u32::try_from(first_block).unwrap(),
+        blocks,
+    }
+}
+
+#[test]
+fn references_are_followed_within_and_across_frames() {
+    let key = context(Suite::Aes256Gcm).key;
+    let block = |payload: &[u8], at: usize| payload[at * BLOCK_SIZE..][..BLOCK_SIZE].to_vec();
+    // Frame 0: noise. Frame 1: cell 0 repeats blocks 14..18 of it (two cells), cell 1 repeats
+    // cell 0 of its own frame and block 3 of frame 0.
+    let base = noise(20, 1);
+    let cell = base[14 * BLOCK_SIZE..18 * BLOCK_SIZE].repeat(4);
+    let mut payload = cell.clone();
+    payload[100] ^= 0xff;
+    let mut second = payload[..BLOCK_SIZE].to_vec();
+    second.extend_from_slice(&block(&base, 3));
+    payload.extend_from_slice(&second);
+    let dictionary_0 = base[14 * BLOCK_SIZE..18 * BLOCK_SIZE].to_vec();
+    let dictionary_1 = [block(&payload, 0), block(&base, 3)].concat();
+    let mut frames = Frames::default();
+    frames.frames.insert(
+        0,
+        frame_with_references(0, 0, &base, &[(vec![], vec![]), (vec![], vec![])]),
+    );
+    frames.frames.insert(
+        1,
+        frame_with_references(
+            1,
+            0,
+            &payload,
+            &[
+                (vec![reference(1, 14, 4)], dictionary_0),
+                (vec![reference(0, 0, 1), reference(1, 3, 1)], dictionary_1),
+            ],
+        ),
+    );
+    let mut raw = Vec::new();
+    assert_eq!(
+        open_cell(&key, &frames, FrameNo(1), 0, &mut raw).unwrap(),
+        3
+    );
+    assert!(raw == payload[..16 * BLOCK_SIZE]);
+    // Cell 1, cell 0, both cells of frame 0; the shared one is opened once.
+    *frames.cells_read.borrow_mut() = 0;
+    assert_eq!(
+        open_cell(&key, &frames, FrameNo(1), 1, &mut raw).unwrap(),
+        4
+    );
+    assert_eq!(*frames.cells_read.borrow(), 4);
+    assert!(raw == payload[16 * BLOCK_SIZE..]);
+
+    frames.frames.remove(&0);
+    let missing = open_cell(&key, &frames, FrameNo(1), 0, &mut raw);
+    assert!(matches!(missing, Err(CodecError::Source(_))));
+}
+
+#[test]
+fn a_chain_of_references_is_bounded() {
+    let key = context(Suite::Aes256Gcm).key;
+    let payload = noise(1, 1);
+    let mut frames = Frames::default();
+    frames.frames.insert(
+        0,
+        frame_with_references(0, 0, &payload, &[(vec![], vec![])]),
+    );
+    let limit = u32::try_from(REFERENCE_CELLS_MAX).unwrap();
+    for frame_no in 1..=limit {
+        let cells = [(vec![reference(1, 0, 1)], payload.clone())];
+        frames.frames.insert(
+            frame_no,
+            frame_with_references(frame_no, 0, &payload, &cells),
+        );
+    }
+    let mut raw = Vec::new();
+    let opened = open_cell(&key, &frames, FrameNo(limit - 1), 0, &mut raw).unwrap();
+    assert_eq!(opened, REFERENCE_CELLS_MAX);
+    assert!(raw == payload);
+    *frames.cells_read.borrow_mut() = 0;
+    let refused = open_cell(&key, &frames, FrameNo(limit), 0, &mut raw);
+    assert!(matches!(refused, Err(CodecError::Cell { .. })));
+    assert_eq!(
+        *frames.cells_read.borrow(),
+        0,
+        "nothing is read on the way to a refusal"
+    );
+}
+
+/// Wide and deep at once: without a memory of what is open this would be 16^8 cells.
+#[test]
+fn a_bush_of_references_is_bounded() {
+    let key = context(Suite::Aes256Gcm).key;
+    let payload = noise(32, 1);
+    let mut frames = Frames::default();
+    let raw_cells = [(vec![], vec![]), (vec![], vec![])];
+    frames
+        .frames
+        .insert(0, frame_with_references(0, 0, &payload, &raw_cells));
+    for frame_no in 1..=30 {
+        // Both cells refer to both cells of the frame before.
+        let both = |at: usize| {
+            let other = 16 - at;
+            (
+                vec![reference(1, other, 1), reference(1, at, 15)],
+                [
+                    &payload[other * BLOCK_SIZE..][..BLOCK_SIZE],
+                    &payload[at * BLOCK_SIZE..][..15 * BLOCK_SIZE],
+                ]
+                .concat(),
+            )
+        };
+        let mut own = payload.clone();
+        own[15 * BLOCK_SIZE..16 * BLOCK_SIZE].fill(0);
+        own[31 * BLOCK_SIZE..].fill(0);
+        let cells = [both(0), both(16)];
+        frames
+            .frames
+            .insert(frame_no, frame_with_references(frame_no, 0, &own, &cells));
+    }
+    let mut raw = Vec::new();
+    let opened = open_cell(&key, &frames, FrameNo(8), 0, &mut raw).unwrap();
+    assert_eq!(opened, 1 + 2 * 8);
+    assert!(raw[..15 * BLOCK_SIZE] == payload[..15 * BLOCK_SIZE]);
+    assert!(open_cell(&key, &frames, FrameNo(30), 0, &mut raw).is_err());
+}
+
+#[test]
+fn a_reference_behind_the_end_of_a_frame_is_an_error() {
+    let key = context(Suite::Aes256Gcm).key;
+    let payload = noise(1, 1);
+    for first_block in [1, 16, 400] {
+        let mut frames = Frames::default();
+        frames.frames.insert(
+            0,
+            frame_with_references(0, 0, &payload, &[(vec![], vec![])]),
+        );
+        let cells = [(vec![reference(1, first_block, 1)], payload.clone())];
+        frames
+            .frames
+            .insert(1, frame_with_references(1, 0, &payload, &cells));
+        let opened = open_cell(&key, &frames, FrameNo(1), 0, &mut Vec::new());
+        assert!(
+            matches!(opened, Err(CodecError::Cell { .. })),
+            "{first_block}"
+        );
+    }
+}
+
+/// A sealed cell may still hold a hostile LZ4 block: whoever has the key may be wrong too.
+#[test]
+fn an_lz4_block_of_another_length_is_an_error() {
+    let raw = pages(1, 1);
+    let mut good = Vec::new();
+    assert!(lz4::compress_append(&raw, raw.len(), &mut good));
+    let mut out = vec![0; raw.len()];
+    assert!(lz4::decompress(&good, &[], &mut out) && out == raw);
+    assert!(!lz4::decompress(&good, &[], &mut out[1..]), "too long");
+    assert!(
+        !lz4::decompress(&good, &[], &mut vec![0; raw.len() + 1]),
+        "too short"
+    );
+    assert!(
+        !lz4::decompress(&good[..good.len() - 1], &[], &mut out),
+        "cut"
+    );
+    assert!(!lz4::decompress(&[], &[], &mut out), "empty");
+    assert!(
+        !lz4::decompress(&[0xff; 40], &[], &mut out),
+        "length beyond the block"
+    );
+    assert!(
+        !lz4::decompress(&[0x10, b'a', 0xff, 0xff], &[], &mut out),
+        "before the start"
+    );
+    let mut short = vec![1, 2, 3];
+    assert!(!lz4::compress_append(&noise(1, 1), 4000, &mut short));
+    assert_eq!(short, [1, 2, 3]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Any cut of the payload into pieces gives the same content.
+    #[test]
+    fn pieces_of_any_size_are_one_stream(
+        cuts in prop::collection::vec(0usize..40, 1..20),
+        seed in any::<u32>(),
+        suite in prop::sample::select(&SUITES[..]),
+        effort in prop::sample::select(&[Effort::Raw, Effort::Lz4][..]),
+    ) {
+        let blocks: usize = cuts.iter().sum::<usize>().min(FRAME_BLOCKS_MAX);
+        prop_assume!(blocks > 0);
+        let stream = if seed % 2 == 0 {
+            pages(blocks, u64::from(seed))
+        } else {
+            noise(blocks, u64::from(seed))
+        };
+        let mut rest = &stream[..];
+        let mut pieces = Vec::new();
+        for cut in cuts {
+            let (piece, behind) = rest.split_at((cut * BLOCK_SIZE).min(rest.len()));
+            pieces.push(piece);
+            rest = behind;
+        }
+        let bytes = encode(suite, &writes(blocks), &pieces, effort).link([1; 32]).1;
+        let opened = open_all(&context(suite).key, &one(5, bytes), 5).unwrap();
+        prop_assert!(opened == stream);
+    }
+
+    #[test]
+    fn any_records_make_a_frame_that_verifies(
+        records in crate::format::tests::table::records(),
+    ) {
+        let blocks: usize = records.iter().map(|record| record.body.stored_blocks()).sum();
+        let payload = pages(blocks, 1);
+        let bytes = encode(Suite::Aes256Gcm, &records, &[&payload], Effort::Lz4).link([1; 32]).1;
+        let header = FrameHeader::parse(&bytes).unwrap();
+        prop_assert_eq!(verify_body(&header, &bytes[FRAME_HEADER_LEN..]), Ok(()));
+        let table = &bytes[FRAME_HEADER_LEN..][..header.table_len as usize];
+        prop_assert!(read_table(&header, table).all(|placed| placed.is_ok()));
+        let opened = open_all(&context(Suite::Aes256Gcm).key, &one(5, bytes), 5).unwrap();
+        prop_assert!(opened == payload);
+    }
+
+    #[test]
+    fn any_bytes_parse_to_a_map_without_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let payload = pages(20, 1);
+        let frame = encode(Suite::Aes256Gcm, &writes(20), &[&payload], Effort::Lz4);
+        let mut bytes = frame.link([1; 32]).1;
+        let clear = FrameHeader::parse(&bytes).unwrap().head_len();
+        for (at, value) in changes {
+            bytes[at.index(clear)] = value;
+        }
+        let digest = sha256(&bytes[FRAME_HEADER_LEN..clear]);
+        bytes[120..152].copy_from_slice(&digest);
+        let sum = xxh3_64(&bytes[..248]);
+        bytes[248..256].copy_from_slice(&sum.to_le_bytes());
+        if let Ok(map) = FrameMap::parse(&bytes) {
+            let key = context(Suite::Aes256Gcm).key;
+            let frames = one(map.header.frame_no.0, bytes);
+            let _ = open_all(&key, &frames, map.header.frame_no.0);
+        }
+    }
+}
