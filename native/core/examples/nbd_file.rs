@@ -49,12 +49,19 @@ impl FileDevice {
 
 impl BlockDevice for FileDevice {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { size: self.size, read_only: self.read_only, multi_conn: true }
+        DeviceInfo {
+            size: self.size,
+            read_only: self.read_only,
+            multi_conn: true,
+        }
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64, flags: RequestFlags) -> Result<(), DeviceError> {
         if !flags.nowait {
-            return self.file.read_exact_at(buffer, offset).map_err(|error| device_error(&error));
+            return self
+                .file
+                .read_exact_at(buffer, offset)
+                .map_err(|error| device_error(&error));
         }
         let length = buffer.len();
         let mut parts = [IoSliceMut::new(buffer)];
@@ -67,7 +74,10 @@ impl BlockDevice for FileDevice {
 
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> Result<(), DeviceError> {
         if !flags.fua {
-            return self.file.write_all_at(data, offset).map_err(|error| device_error(&error));
+            return self
+                .file
+                .write_all_at(data, offset)
+                .map_err(|error| device_error(&error));
         }
         if flags.nowait {
             return Err(DeviceError::WouldBlock);
@@ -93,8 +103,11 @@ impl BlockDevice for FileDevice {
     }
 
     fn zero(&self, offset: u64, length: u64, flags: RequestFlags) -> Result<(), DeviceError> {
-        let mode =
-            if flags.no_hole { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
+        let mode = if flags.no_hole {
+            FallocateFlags::ZERO_RANGE
+        } else {
+            FallocateFlags::PUNCH_HOLE
+        };
         self.deallocate(mode, offset, length, flags)
     }
 
@@ -112,13 +125,25 @@ impl BlockDevice for FileDevice {
                 Err(Errno::NXIO) => end,
                 Err(error) => return Err(errno(error)),
             };
-            if data > at && !each(Allocation { length: data - at, hole: true, zero: true }) {
+            if data > at
+                && !each(Allocation {
+                    length: data - at,
+                    hole: true,
+                    zero: true,
+                })
+            {
                 break;
             }
             at = data;
             if at < end {
-                let hole = seek(&self.file, SeekFrom::Hole(at)).map_err(errno)?.min(end);
-                if !each(Allocation { length: hole - at, hole: false, zero: false }) {
+                let hole = seek(&self.file, SeekFrom::Hole(at))
+                    .map_err(errno)?
+                    .min(end);
+                if !each(Allocation {
+                    length: hole - at,
+                    hole: false,
+                    zero: false,
+                }) {
                     break;
                 }
                 at = hole;
@@ -147,8 +172,16 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     }
     let file = File::options().read(true).write(!read_only).open(file)?;
     let size = file.metadata()?.len();
-    let device = Arc::new(FileDevice { file, size, read_only });
-    let server = Server::new(vec![Export { name, description: "a plain file".into(), device }]);
+    let device = Arc::new(FileDevice {
+        file,
+        size,
+        read_only,
+    });
+    let server = Server::new(vec![Export {
+        name,
+        description: "a plain file".into(),
+        device,
+    }]);
     for path in unix {
         server.listen_unix(&path)?;
     }

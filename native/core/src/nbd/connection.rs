@@ -77,7 +77,10 @@ impl Channel {
         deferred.count += 1;
         deferred.bytes += bytes;
         self.deferred_count.store(deferred.count, Ordering::Release);
-        Some(Admission { channel: Arc::clone(self), bytes })
+        Some(Admission {
+            channel: Arc::clone(self),
+            bytes,
+        })
     }
 
     /// The pool has requests of this connection, or left replies behind.
@@ -115,7 +118,9 @@ impl Drop for Admission {
         let mut deferred = self.channel.deferred.lock();
         deferred.count -= 1;
         deferred.bytes -= self.bytes;
-        self.channel.deferred_count.store(deferred.count, Ordering::Release);
+        self.channel
+            .deferred_count
+            .store(deferred.count, Ordering::Release);
         self.channel.changed.notify_all();
     }
 }
@@ -209,8 +214,8 @@ impl<'a> Connection<'a> {
         let Some(bytes) = data.first_chunk() else {
             return Ok(Next::Wait(wire::REQUEST_LEN));
         };
-        let header = RequestHeader::parse(bytes)
-            .ok_or(Hangup::Protocol("wrong magic before a request"))?;
+        let header =
+            RequestHeader::parse(bytes).ok_or(Hangup::Protocol("wrong magic before a request"))?;
         let payload = header.payload_len();
         if payload > NBD_PAYLOAD_MAX {
             return Err(Hangup::Protocol("a write longer than the largest payload"));
@@ -244,7 +249,8 @@ impl<'a> Connection<'a> {
 
     fn refuse(&mut self, cookie: u64, errno: Errno) -> Result<(), Hangup> {
         self.make_room(Replies::ERROR_LEN_MAX)?;
-        self.replies.error(self.channel.terms.structured, cookie, errno);
+        self.replies
+            .error(self.channel.terms.structured, cookie, errno);
         Ok(())
     }
 
@@ -254,7 +260,11 @@ impl<'a> Connection<'a> {
             return self.large_read(request, reply_len);
         }
         self.make_room(reply_len)?;
-        let length = if request.command == Command::Write { request.length as usize } else { 0 };
+        let length = if request.command == Command::Write {
+            request.length as usize
+        } else {
+            0
+        };
         let payload = &self.input.data()[wire::REQUEST_LEN..][..length];
         let terms = &self.channel.terms;
         if execute(request, payload, terms, true, &mut self.replies).is_ok() {
@@ -267,7 +277,12 @@ impl<'a> Connection<'a> {
                 copy
             });
             let channel = Arc::clone(&self.channel);
-            self.pool.submit(Job { channel, request: *request, payload, admission });
+            self.pool.submit(Job {
+                channel,
+                request: *request,
+                payload,
+                admission,
+            });
             return Ok(());
         }
         // The pool has its share of this connection: wait here, which slows the client.
@@ -285,7 +300,12 @@ impl<'a> Connection<'a> {
             if let Some(admission) = self.channel.admit(reply_len) {
                 self.pool.give_buffer(replies.into_bytes());
                 let channel = Arc::clone(&self.channel);
-                self.pool.submit(Job { channel, request: *request, payload: None, admission });
+                self.pool.submit(Job {
+                    channel,
+                    request: *request,
+                    payload: None,
+                    admission,
+                });
                 return Ok(());
             }
             run_waiting(request, &[], terms, &mut replies);
@@ -315,7 +335,12 @@ impl<'a> Connection<'a> {
         if execute(&request, &payload[..length], terms, true, &mut self.replies).is_err() {
             if let Some(admission) = self.channel.admit(length) {
                 let channel = Arc::clone(&self.channel);
-                self.pool.submit(Job { channel, request, payload: Some(payload), admission });
+                self.pool.submit(Job {
+                    channel,
+                    request,
+                    payload: Some(payload),
+                    admission,
+                });
                 return Ok(());
             }
             run_waiting(&request, &payload[..length], terms, &mut self.replies);
@@ -370,5 +395,8 @@ impl<'a> Connection<'a> {
 /// Runs a request on a thread that may wait.
 fn run_waiting(request: &Request, payload: &[u8], terms: &Terms, replies: &mut Replies) {
     let done = execute(request, payload, terms, false, replies);
-    assert!(done.is_ok(), "invariant: only a request that must not wait can decline");
+    assert!(
+        done.is_ok(),
+        "invariant: only a request that must not wait can decline"
+    );
 }

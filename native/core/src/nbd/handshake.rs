@@ -24,7 +24,9 @@ pub(super) fn negotiate(
     send_until(socket, &out, deadline)?;
 
     input.fill_until(socket, 4, deadline)?;
-    let client_flags = Fields(input.data()).u32().expect("invariant: four bytes are here");
+    let client_flags = Fields(input.data())
+        .u32()
+        .expect("invariant: four bytes are here");
     input.consume(4);
     let mut negotiation =
         Negotiation::new(exports, client_flags).ok_or(Hangup::Protocol("unknown client flags"))?;

@@ -59,7 +59,10 @@ pub(super) fn unix(path: &Path) -> std::io::Result<(OwnedFd, SocketFile)> {
         }
         other => other?,
     }
-    let file = SocketFile { path: path.to_path_buf(), identity: identity(path)? };
+    let file = SocketFile {
+        path: path.to_path_buf(),
+        identity: identity(path)?,
+    };
     chmod(path, Mode::RUSR | Mode::WUSR)?;
     listen(&socket, BACKLOG)?;
     Ok((socket, file))
@@ -67,7 +70,11 @@ pub(super) fn unix(path: &Path) -> std::io::Result<(OwnedFd, SocketFile)> {
 
 /// Listens on a TCP address; returns the one that was bound.
 pub(super) fn tcp(address: SocketAddr) -> std::io::Result<(OwnedFd, SocketAddr)> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let socket = stream_socket(family)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &address)?;

@@ -113,7 +113,10 @@ impl Server {
             clients: Mutex::default(),
             client_left: Condvar::new(),
         };
-        Self { inner: Arc::new(inner), listeners: Mutex::default() }
+        Self {
+            inner: Arc::new(inner),
+            listeners: Mutex::default(),
+        }
     }
 
     /// Serves a unix socket, open to this user only; an old socket file of a dead server is
@@ -152,7 +155,11 @@ impl Server {
         shut(&clients, Shutdown::Read);
         let deadline = Instant::now() + inner.limits.stop_grace;
         while !clients.sockets.is_empty() {
-            if inner.client_left.wait_until(&mut clients, deadline).timed_out() {
+            if inner
+                .client_left
+                .wait_until(&mut clients, deadline)
+                .timed_out()
+            {
                 break;
             }
         }
@@ -164,12 +171,7 @@ impl Server {
         inner.pool.stop();
     }
 
-    fn listen(
-        &self,
-        socket: OwnedFd,
-        file: Option<SocketFile>,
-        name: &str,
-    ) -> std::io::Result<()> {
+    fn listen(&self, socket: OwnedFd, file: Option<SocketFile>, name: &str) -> std::io::Result<()> {
         if self.inner.stopping.load(Ordering::SeqCst) {
             return Err(Errno::SHUTDOWN.into());
         }
@@ -182,7 +184,9 @@ impl Server {
             // Before the socket closes: its file must not outlive it.
             drop(file);
         };
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(accept)?;
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(accept)?;
         self.listeners.lock().push(thread);
         Ok(())
     }
@@ -214,8 +218,10 @@ impl Inner {
 
     fn accept_loop(self: &Arc<Self>, listener: &OwnedFd, stop_event: &OwnedFd, tcp: bool) {
         while !self.stopping.load(Ordering::SeqCst) {
-            let mut events =
-                [PollFd::new(listener, PollFlags::IN), PollFd::new(stop_event, PollFlags::IN)];
+            let mut events = [
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(stop_event, PollFlags::IN),
+            ];
             // Errors need no name here: accept meets them again.
             let _ = poll(&mut events, None);
             if self.stopping.load(Ordering::SeqCst) {
@@ -262,7 +268,10 @@ impl Inner {
         let id = clients.next_id;
         clients.next_id += 1;
         clients.sockets.insert(id, Arc::clone(socket));
-        Some(Registration { inner: Arc::clone(self), id })
+        Some(Registration {
+            inner: Arc::clone(self),
+            id,
+        })
     }
 
     fn serve(&self, socket: &Arc<OwnedFd>) -> Hangup {
@@ -276,9 +285,8 @@ impl Inner {
             deadline,
             &stopping,
         );
-        let connection = terms.and_then(|terms| {
-            Connection::new(socket, input, terms, &self.pool, &self.stopping)
-        });
+        let connection = terms
+            .and_then(|terms| Connection::new(socket, input, terms, &self.pool, &self.stopping));
         match connection {
             Ok(connection) => connection.serve(),
             Err(hangup) => hangup,

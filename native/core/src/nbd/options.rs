@@ -46,7 +46,12 @@ impl<'a> Negotiation<'a> {
             return None;
         }
         let no_zeroes = client_flags & wire::CLIENT_NO_ZEROES != 0;
-        Some(Self { exports, no_zeroes, structured: false, allocation_of: None })
+        Some(Self {
+            exports,
+            no_zeroes,
+            structured: false,
+            allocation_of: None,
+        })
     }
 
     /// Answers one option into `out`.
@@ -58,14 +63,23 @@ impl<'a> Negotiation<'a> {
         out: &mut Vec<u8>,
     ) -> Step {
         if option == wire::OPT_EXPORT_NAME {
-            return if stopping { Step::Close } else { self.export_name(data, out) };
+            return if stopping {
+                Step::Close
+            } else {
+                self.export_name(data, out)
+            };
         }
         if option == wire::OPT_ABORT {
             reply(out, option, wire::REP_ACK, &[]);
             return Step::Close;
         }
         if stopping {
-            refuse(out, option, wire::REP_ERR_SHUTDOWN, "the server is shutting down");
+            refuse(
+                out,
+                option,
+                wire::REP_ERR_SHUTDOWN,
+                "the server is shutting down",
+            );
             return Step::Continue;
         }
         match option {
@@ -76,7 +90,12 @@ impl<'a> Negotiation<'a> {
                     self.structured = true;
                     reply(out, option, wire::REP_ACK, &[]);
                 } else {
-                    refuse(out, option, wire::REP_ERR_INVALID, "this option has no data");
+                    refuse(
+                        out,
+                        option,
+                        wire::REP_ERR_INVALID,
+                        "this option has no data",
+                    );
                 }
             }
             wire::OPT_LIST_META_CONTEXT | wire::OPT_SET_META_CONTEXT => {
@@ -120,7 +139,12 @@ impl<'a> Negotiation<'a> {
 
     fn list(&self, data: &[u8], out: &mut Vec<u8>) {
         if !data.is_empty() {
-            return refuse(out, wire::OPT_LIST, wire::REP_ERR_INVALID, "this option has no data");
+            return refuse(
+                out,
+                wire::OPT_LIST,
+                wire::REP_ERR_INVALID,
+                "this option has no data",
+            );
         }
         for export in self.exports {
             let name = export.name.as_bytes();
@@ -149,7 +173,10 @@ impl<'a> Negotiation<'a> {
             reply(out, option, wire::REP_INFO, &body);
         };
         let flags = self.transmission_flags(info);
-        item(wire::INFO_EXPORT, &[&info.size.to_be_bytes(), &flags.to_be_bytes()]);
+        item(
+            wire::INFO_EXPORT,
+            &[&info.size.to_be_bytes(), &flags.to_be_bytes()],
+        );
         if wanted.contains(&wire::INFO_NAME) {
             item(wire::INFO_NAME, &[export.name.as_bytes()]);
         }
@@ -161,7 +188,11 @@ impl<'a> Negotiation<'a> {
             item(wire::INFO_BLOCK_SIZE, &[&sizes[0], &sizes[1], &sizes[2]]);
         }
         reply(out, option, wire::REP_ACK, &[]);
-        if option == wire::OPT_GO { Step::Enter(self.terms(index, info)) } else { Step::Continue }
+        if option == wire::OPT_GO {
+            Step::Enter(self.terms(index, info))
+        } else {
+            Step::Continue
+        }
     }
 
     fn meta_context(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>) {
@@ -171,7 +202,12 @@ impl<'a> Negotiation<'a> {
             self.allocation_of = None;
         }
         if !self.structured {
-            return refuse(out, option, wire::REP_ERR_INVALID, "needs structured replies");
+            return refuse(
+                out,
+                option,
+                wire::REP_ERR_INVALID,
+                "needs structured replies",
+            );
         }
         let Some((name, queries)) = parse_meta_context(data) else {
             return refuse(out, option, wire::REP_ERR_INVALID, "malformed request");
@@ -179,11 +215,15 @@ impl<'a> Negotiation<'a> {
         let Some(index) = self.find(name) else {
             return refuse(out, option, wire::REP_ERR_UNKNOWN, "no such export");
         };
-        let matches = queries.iter().any(|query| {
-            *query == wire::ALLOCATION_CONTEXT || (!select && *query == "base:")
-        });
+        let matches = queries
+            .iter()
+            .any(|query| *query == wire::ALLOCATION_CONTEXT || (!select && *query == "base:"));
         if matches || (!select && queries.is_empty()) {
-            let id = if select { wire::ALLOCATION_CONTEXT_ID } else { 0 };
+            let id = if select {
+                wire::ALLOCATION_CONTEXT_ID
+            } else {
+                0
+            };
             let body = [&id.to_be_bytes()[..], wire::ALLOCATION_CONTEXT.as_bytes()].concat();
             reply(out, option, wire::REP_META_CONTEXT, &body);
             if select {
@@ -219,7 +259,9 @@ fn parse_info(data: &[u8]) -> Option<(&str, Vec<u16>)> {
     let mut fields = Fields(data);
     let name = fields.string()?;
     let count = fields.u16()?;
-    let wanted = (0..count).map(|_| fields.u16()).collect::<Option<Vec<u16>>>()?;
+    let wanted = (0..count)
+        .map(|_| fields.u16())
+        .collect::<Option<Vec<u16>>>()?;
     fields.is_empty().then_some((name, wanted))
 }
 

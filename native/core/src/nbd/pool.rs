@@ -47,7 +47,10 @@ impl Pool {
     pub(super) fn new(threads: usize) -> Self {
         assert!(threads > 0);
         Self {
-            queue: Mutex::new(Queue { jobs: VecDeque::with_capacity(1024), closed: false }),
+            queue: Mutex::new(Queue {
+                jobs: VecDeque::with_capacity(1024),
+                closed: false,
+            }),
             ready: Condvar::new(),
             buffers: Mutex::new((0..BUFFERS_MAX / 4).map(|_| vec![0; BUFFER_LEN]).collect()),
             threads: Mutex::default(),
@@ -61,7 +64,11 @@ impl Pool {
         while threads.len() < self.threads_wanted {
             let pool = Arc::clone(self);
             let name = format!("nbd-pool-{}", threads.len());
-            threads.push(std::thread::Builder::new().name(name).spawn(move || pool.work())?);
+            threads.push(
+                std::thread::Builder::new()
+                    .name(name)
+                    .spawn(move || pool.work())?,
+            );
         }
         Ok(())
     }
@@ -118,7 +125,9 @@ impl Pool {
             let payload = job.payload.as_deref().unwrap_or_default();
             let payload = &payload[..payload.len().min(job.request.length as usize)];
             if execute(&job.request, payload, terms, false, &mut replies).is_ok() {
-                job.channel.writer().send_without_waiting(replies.as_slice());
+                job.channel
+                    .writer()
+                    .send_without_waiting(replies.as_slice());
             }
             self.give_buffer(replies.into_bytes());
             if let Some(payload) = job.payload {

@@ -23,7 +23,11 @@ impl Receiver {
 
     pub(super) fn new(capacity: usize) -> Self {
         assert!(capacity > Self::READ_MIN);
-        Self { buffer: vec![0; capacity], head: 0, tail: 0 }
+        Self {
+            buffer: vec![0; capacity],
+            head: 0,
+            tail: 0,
+        }
     }
 
     pub(super) fn data(&self) -> &[u8] {
@@ -49,7 +53,10 @@ impl Receiver {
             self.head = 0;
         }
         let room = &mut self.buffer[self.tail..];
-        assert!(!room.is_empty(), "invariant: a message that fits is not yet complete");
+        assert!(
+            !room.is_empty(),
+            "invariant: a message that fits is not yet complete"
+        );
         let count = receive(socket, room, RecvFlags::empty())?;
         self.tail += count;
         Ok(())
@@ -119,7 +126,10 @@ fn wait_until(socket: BorrowedFd<'_>, event: PollFlags, deadline: Instant) -> Re
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).map_err(|_| Hangup::Timeout)?;
-        match poll(&mut [PollFd::from_borrowed_fd(socket.as_fd(), event)], Some(&timeout)) {
+        match poll(
+            &mut [PollFd::from_borrowed_fd(socket.as_fd(), event)],
+            Some(&timeout),
+        ) {
             Ok(0) => return Err(Hangup::Timeout),
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}

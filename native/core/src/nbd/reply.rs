@@ -87,8 +87,11 @@ impl Replies {
 
     /// Bytes of a read's reply.
     pub(super) fn read_len(structured: bool, length: u32) -> usize {
-        let head =
-            if structured { wire::CHUNK_HEADER_LEN + 8 } else { wire::SIMPLE_REPLY_LEN };
+        let head = if structured {
+            wire::CHUNK_HEADER_LEN + 8
+        } else {
+            wire::SIMPLE_REPLY_LEN
+        };
         head + length as usize
     }
 
@@ -159,8 +162,14 @@ struct Outbox {
 
 impl Writer {
     pub(super) fn new(socket: Arc<OwnedFd>) -> Result<Self, Hangup> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Hangup::Io)?;
-        Ok(Self { socket, wake, queued: AtomicBool::new(false), outbox: Mutex::default() })
+        let wake =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Hangup::Io)?;
+        Ok(Self {
+            socket,
+            wake,
+            queued: AtomicBool::new(false),
+            outbox: Mutex::default(),
+        })
     }
 
     pub(super) fn wake_fd(&self) -> &OwnedFd {
@@ -226,7 +235,11 @@ impl Writer {
             return;
         }
         while !outbox.busy && outbox.backlog.is_empty() && !bytes.is_empty() {
-            match send(&*self.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match send(
+                &*self.socket,
+                bytes,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            ) {
                 Ok(count) => bytes = &bytes[count..],
                 Err(SystemError::INTR) => {}
                 Err(SystemError::AGAIN) => break,

@@ -38,7 +38,14 @@ pub(super) struct WouldBlock;
 pub(super) fn check(header: &RequestHeader, terms: &Terms) -> Result<Request, Errno> {
     let flag = |flag: u16| header.flags & flag != 0;
     let (command, flags_known) = match header.command {
-        wire::CMD_READ => (Command::Read, if terms.structured { wire::CMD_FLAG_DF } else { 0 }),
+        wire::CMD_READ => (
+            Command::Read,
+            if terms.structured {
+                wire::CMD_FLAG_DF
+            } else {
+                0
+            },
+        ),
         wire::CMD_WRITE => (Command::Write, 0),
         // The connection ends whatever its fields say.
         wire::CMD_DISC => (Command::Disconnect, u16::MAX),
@@ -58,8 +65,10 @@ pub(super) fn check(header: &RequestHeader, terms: &Terms) -> Result<Request, Er
     if header.flags & !(flags_known | wire::CMD_FLAG_FUA) != 0 {
         return Err(Errno::Inval);
     }
-    let writes =
-        matches!(command, Command::Write | Command::Trim | Command::WriteZeroes { .. });
+    let writes = matches!(
+        command,
+        Command::Write | Command::Trim | Command::WriteZeroes { .. }
+    );
     if writes && terms.read_only {
         return Err(Errno::Perm);
     }
@@ -72,7 +81,11 @@ pub(super) fn check(header: &RequestHeader, terms: &Terms) -> Result<Request, Er
         Command::Flush if header.offset != 0 || header.length != 0 => return Err(Errno::Inval),
         Command::Write | Command::WriteZeroes { .. } if !inside => return Err(Errno::NoSpc),
         Command::Read if header.length as usize > NBD_PAYLOAD_MAX => {
-            return Err(if terms.structured { Errno::Overflow } else { Errno::Inval });
+            return Err(if terms.structured {
+                Errno::Overflow
+            } else {
+                Errno::Inval
+            });
         }
         Command::BlockStatus { .. } if !terms.allocation || header.length == 0 => {
             return Err(Errno::Inval);
@@ -107,9 +120,18 @@ pub(super) fn execute(
     nowait: bool,
     out: &mut Replies,
 ) -> Result<(), WouldBlock> {
-    let Request { cookie, offset, length, .. } = *request;
+    let Request {
+        cookie,
+        offset,
+        length,
+        ..
+    } = *request;
     let device = &*terms.device;
-    let mut flags = RequestFlags { fua: request.fua, nowait, no_hole: false };
+    let mut flags = RequestFlags {
+        fua: request.fua,
+        nowait,
+        no_hole: false,
+    };
     let (result, writes) = match request.command {
         Command::Read => {
             let fill = |buffer: &mut [u8]| match buffer {
@@ -134,12 +156,13 @@ pub(super) fn execute(
                 Err(error) => (Err(error), false),
             }
         }
-        Command::Write if length == 0 => (Ok(()), true),
+        // Nothing to do, which the device need not hear of.
+        Command::Write | Command::WriteZeroes { .. } | Command::Trim if length == 0 => {
+            (Ok(()), true)
+        }
         Command::Write => (device.write(payload, offset, flags), true),
         Command::Flush => (device.flush(flags), true),
-        Command::Trim if length == 0 => (Ok(()), false),
         Command::Trim => (device.trim(offset, u64::from(length), flags), false),
-        Command::WriteZeroes { .. } if length == 0 => (Ok(()), true),
         Command::WriteZeroes { no_hole } => {
             flags.no_hole = no_hole;
             (device.zero(offset, u64::from(length), flags), true)
@@ -155,11 +178,7 @@ pub(super) fn execute(
 }
 
 /// Descriptors from the request's offset on, equal neighbours merged; at least one.
-fn allocation(
-    request: &Request,
-    one: bool,
-    terms: &Terms,
-) -> Result<Vec<(u32, u32)>, DeviceError> {
+fn allocation(request: &Request, one: bool, terms: &Terms) -> Result<Vec<(u32, u32)>, DeviceError> {
     let limit = if one { 1 } else { EXTENTS_MAX };
     let mut extents: Vec<(u32, u32)> = Vec::new();
     let mut left = request.length;
@@ -179,7 +198,9 @@ fn allocation(
         left -= length;
         left > 0
     };
-    terms.device.allocation(request.offset, u64::from(request.length), &mut each)?;
+    terms
+        .device
+        .allocation(request.offset, u64::from(request.length), &mut each)?;
     // A device that says nothing breaks its contract; "allocated" is always a safe answer.
     if extents.is_empty() {
         extents.push((request.length, 0));

@@ -120,13 +120,14 @@ impl Errno {
     /// `writes`: the request would have put content somewhere, which decides what "outside" means.
     pub(super) fn from_device(error: DeviceError, writes: bool) -> Self {
         match error {
-            DeviceError::ReadOnly => Self::Perm,
-            DeviceError::OutOfRange if writes => Self::NoSpc,
-            DeviceError::OutOfRange => Self::Inval,
-            DeviceError::NoSpace => Self::NoSpc,
+            DeviceError::ReadOnly | DeviceError::Io(libc::EPERM | libc::EACCES | libc::EROFS) => {
+                Self::Perm
+            }
+            DeviceError::OutOfRange if !writes => Self::Inval,
+            DeviceError::OutOfRange
+            | DeviceError::NoSpace
+            | DeviceError::Io(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Self::NoSpc,
             DeviceError::Shutdown => Self::Shutdown,
-            DeviceError::Io(libc::EPERM | libc::EACCES | libc::EROFS) => Self::Perm,
-            DeviceError::Io(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Self::NoSpc,
             DeviceError::Io(libc::ENOMEM) => Self::NoMem,
             // A call that may wait and still says WouldBlock broke the device's contract.
             DeviceError::Io(_) | DeviceError::WouldBlock => Self::Io,
@@ -162,7 +163,11 @@ impl RequestHeader {
 
     /// Bytes that follow the header on the wire.
     pub(super) fn payload_len(&self) -> usize {
-        if self.command == CMD_WRITE { self.length as usize } else { 0 }
+        if self.command == CMD_WRITE {
+            self.length as usize
+        } else {
+            0
+        }
     }
 }
 
