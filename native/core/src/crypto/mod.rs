@@ -41,6 +41,12 @@ pub enum Suite {
     Aes256Gcm = 2,
 }
 
+/// Numbers of the suites; `docs/format/frame.md` holds the same table.
+pub const SUITE_VALUES: &[(&str, u64)] = &[
+    ("SM4-GCM", Suite::Sm4Gcm as u64),
+    ("AES-256-GCM", Suite::Aes256Gcm as u64),
+];
+
 impl Suite {
     /// Bytes of a frame key.
     fn key_len(self) -> usize {

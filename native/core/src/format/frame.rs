@@ -88,6 +88,18 @@ pub const LAYOUT: &[Field] = &[
     CHECKSUM,
 ];
 
+/// Limits that a reader checks; the page holds the same table.
+pub const LIMIT_VALUES: &[(&str, u64)] = &[
+    ("BLOCK_SIZE", BLOCK_SIZE as u64),
+    ("CELL_BLOCKS", CELL_BLOCKS as u64),
+    ("FRAME_BLOCKS_MAX", FRAME_BLOCKS_MAX as u64),
+    ("FRAME_RECORDS_MAX", FRAME_RECORDS_MAX as u64),
+    ("FRAME_BYTES_MAX", FRAME_BYTES_MAX as u64),
+    ("INCARNATION_FRAMES_MAX", INCARNATION_FRAMES_MAX as u64),
+    ("AAD_LEN", AAD_LEN as u64),
+    ("CELL_OVERHEAD", CELL_OVERHEAD as u64),
+];
+
 const _: () = assert!(covers(LAYOUT, FRAME_HEADER_LEN));
 const _: () = assert!(AAD_LEN == HEADER_TAG.offset && AAD_LEN == TABLE_DIGEST.end());
 const _: () = assert!(DIGEST_COVERS == CHECKSUM.offset);
@@ -117,6 +129,13 @@ impl FrameFlags {
         self.0 & flag != 0
     }
 }
+
+/// Bits of the flags; the page holds the same table.
+pub const FLAG_VALUES: &[(&str, u64)] = &[
+    ("EVENTS", FrameFlags::EVENTS as u64),
+    ("IN_SPAN", FrameFlags::IN_SPAN as u64),
+    ("COMPACTED", FrameFlags::COMPACTED as u64),
+];
 
 /// The fixed header of a frame. All integers little-endian.
 ///

@@ -36,6 +36,9 @@ pub const LAYOUT: &[Field] = &[
     CHECKSUM,
 ];
 
+/// Limits that a reader checks; the page holds the same table.
+pub const LIMIT_VALUES: &[(&str, u64)] = &[("MANIFEST_BODY_MAX", MANIFEST_BODY_MAX as u64)];
+
 const _: () = assert!(covers(LAYOUT, MANIFEST_HEADER_LEN));
 
 const FORMAT: Format = Format {

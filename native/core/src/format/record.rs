@@ -22,7 +22,10 @@
 //! ```
 
 pub use super::directory::{REFERENCE_BLOCKS_MAX, read_directory, write_directory};
-pub use super::table::{PlacedRecord, TableReader, TableWriter, read_table};
+pub use super::table::{
+    KIND_VALUES, LIMIT_VALUES, PAYLOAD_MODE_VALUES, PlacedRecord, TableReader, TableWriter,
+    read_table,
+};
 use super::varint::VARINT_LEN_MAX;
 use crate::types::{BlockIndex, Extent, Seq, TimeUs, VolumeIndex};
 
@@ -112,6 +115,26 @@ pub enum Payload {
     All(BlockPayload),
     Map(Vec<BlockPayload>),
 }
+
+/// Numbers of the causes; `docs/format/record-table.md` holds the same table.
+pub const CAUSE_VALUES: &[(&str, u64)] = &[
+    ("FIRST_COPY", Cause::FirstCopy as u64),
+    ("UNCLEAN_STOP", Cause::UncleanStop as u64),
+    ("SPOOL_FULL", Cause::SpoolFull as u64),
+    ("SPOOL_FAILED", Cause::SpoolFailed as u64),
+    ("ENCODER_STUCK", Cause::EncoderStuck as u64),
+    ("BACKING_CHANGED", Cause::BackingChanged as u64),
+    ("BACKING_ERROR", Cause::BackingError as u64),
+    ("NO_KEY", Cause::NoKey as u64),
+    ("REQUESTED", Cause::Requested as u64),
+];
+
+/// Numbers of the encodings; `docs/format/record-table.md` holds the same table.
+pub const ENCODING_VALUES: &[(&str, u64)] = &[
+    ("RAW", CellEncoding::Raw as u64),
+    ("LZ4", CellEncoding::Lz4 as u64),
+    ("LZ4_REFS", CellEncoding::Lz4Refs as u64),
+];
 
 impl Cause {
     /// The cause that `value` means on disk.

@@ -1,14 +1,18 @@
-//! Record table: writer and reader of the entries that `record` lays out.
+//! Record table: what writer and reader of its entries share, and the writer.
+
+mod read;
+
+pub use read::{PlacedRecord, TableReader, read_table};
 
 use super::FormatError;
-use super::frame::{FrameFlags, FrameHeader};
-use super::record::{BlockPayload, Cause, Payload, Record, RecordBody};
-use super::varint::{Reader, put_varint, put_zigzag};
+use super::directory::REFERENCE_BLOCKS_MAX;
+use super::record::{BlockPayload, Payload, Record, RecordBody};
+use super::varint::{put_varint, put_zigzag};
 use crate::constants::{
     BLOCK_SIZE, FRAME_BLOCKS_MAX, FRAME_RECORDS_MAX, LABEL_BYTES_MAX, RECORD_BLOCKS_MAX,
-    VOLUME_BYTES_MAX, VOLUMES_MAX,
+    REFERENCE_CELLS_MAX, VOLUME_BYTES_MAX, VOLUMES_MAX,
 };
-use crate::types::{BlockIndex, Extent, Seq, TimeUs, VolumeIndex};
+use crate::types::{Extent, Seq, TimeUs, VolumeIndex};
 
 const WHAT: &str = "record table";
 
@@ -24,6 +28,37 @@ const GAP: u8 = 9;
 const CLOCK_STEP: u8 = 10;
 const VOLUME: u8 = 11;
 
+/// Kinds of records; `docs/format/record-table.md` holds the same table.
+pub const KIND_VALUES: &[(&str, u64)] = &[
+    ("WRITE", WRITE as u64),
+    ("RESYNC", RESYNC as u64),
+    ("ZERO", ZERO as u64),
+    ("DISCARD", DISCARD as u64),
+    ("BOOKMARK", BOOKMARK as u64),
+    ("BARRIER", BARRIER as u64),
+    ("SPAN_BEGIN", SPAN_BEGIN as u64),
+    ("SPAN_END", SPAN_END as u64),
+    ("GAP", GAP as u64),
+    ("CLOCK_STEP", CLOCK_STEP as u64),
+    ("VOLUME", VOLUME as u64),
+];
+/// Payload modes, and codes of a map but for the last; the page holds the same table.
+pub const PAYLOAD_MODE_VALUES: &[(&str, u64)] = &[
+    ("STORED", code(BlockPayload::Stored) as u64),
+    ("ZERO", code(BlockPayload::Zero) as u64),
+    ("SAME", code(BlockPayload::Same) as u64),
+    ("MAP", MODE_MAP as u64),
+];
+/// Limits that a reader checks; the page holds the same table.
+pub const LIMIT_VALUES: &[(&str, u64)] = &[
+    ("RECORD_BLOCKS_MAX", RECORD_BLOCKS_MAX as u64),
+    ("VOLUMES_MAX", VOLUMES_MAX as u64),
+    ("VOLUME_BYTES_MAX", VOLUME_BYTES_MAX),
+    ("LABEL_BYTES_MAX", LABEL_BYTES_MAX as u64),
+    ("REFERENCE_BLOCKS_MAX", REFERENCE_BLOCKS_MAX as u64),
+    ("REFERENCE_CELLS_MAX", REFERENCE_CELLS_MAX as u64),
+];
+
 const KIND_MASK: u8 = 0x0f;
 const MODE_SHIFT: u8 = 4;
 const MODE_MASK: u8 = 0x07;
@@ -36,7 +71,7 @@ const CODES_PER_BYTE: usize = 8 / CODE_BITS;
 
 const VOLUME_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_SIZE as u64;
 
-fn code(payload: BlockPayload) -> u8 {
+const fn code(payload: BlockPayload) -> u8 {
     match payload {
         BlockPayload::Stored => 0,
         BlockPayload::Zero => 1,
@@ -309,245 +344,5 @@ fn check_body(body: &RecordBody) -> Result<(), FormatError> {
             at_most("size", *size, VOLUME_BYTES_MAX)?;
             at_most("name", name.len() as u64, LABEL_BYTES_MAX as u64)
         }
-    }
-}
-
-/// A record and the position of its first stored block in the frame's payload stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlacedRecord {
-    pub record: Record,
-    pub payload_block: u32,
-}
-
-/// The records of a frame, one after another; what [`read_table`] returns.
-#[derive(Debug, Clone)]
-pub struct TableReader<'a> {
-    header: &'a FrameHeader,
-    reader: Reader<'a>,
-    records: u32,
-    last_time: TimeUs,
-    payload_blocks: u32,
-    events: bool,
-    place: Place,
-    /// Nothing more comes: the table was read, or an error was reported.
-    done: bool,
-}
-
-/// Decodes the table of a frame. Ends after the first error. Checks that the sums agree with the
-/// header (`record_count`, `payload_blocks`, `last_time`, flag `EVENTS`) and that no byte is left
-/// over; the finding about a sum comes in place of the last record.
-pub fn read_table<'a>(header: &'a FrameHeader, table: &'a [u8]) -> TableReader<'a> {
-    TableReader {
-        header,
-        reader: Reader::new(WHAT, table),
-        records: 0,
-        last_time: header.first_time,
-        payload_blocks: 0,
-        events: false,
-        place: Place::default(),
-        done: false,
-    }
-}
-
-impl Iterator for TableReader<'_> {
-    type Item = Result<PlacedRecord, FormatError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.done {
-            return None;
-        }
-        let item = self.entry();
-        self.done = item.is_err() || self.records >= self.header.record_count;
-        Some(item)
-    }
-}
-
-impl TableReader<'_> {
-    fn entry(&mut self) -> Result<PlacedRecord, FormatError> {
-        let first = self.records == 0;
-        let head = self.reader.u8()?;
-        let delta = self.reader.varint("time")?;
-        if (delta == 0) != first {
-            return Err(field_error("time", "not later than the record before"));
-        }
-        let time = self.last_time.0.checked_add(delta);
-        let time = time.ok_or_else(|| field_error("time", "overflows"))?;
-        at_most("time", time, self.header.last_time.0)?;
-        let body = self.body(head)?;
-        check_body(&body)?;
-        if let Some(extent) = body.extent() {
-            self.place = Place {
-                volume: extent.volume,
-                end: extent.end().0,
-            };
-        }
-        let payload_block = self.payload_blocks;
-        let stored = u32::try_from(body.stored_blocks())
-            .expect("invariant: check_body limits the blocks of a record");
-        let payload_blocks = payload_block + stored;
-        let limit = u64::from(self.header.payload_blocks);
-        at_most("payload_blocks", u64::from(payload_blocks), limit)?;
-        self.events |= body.is_event();
-        let seq = Seq(self.header.first_seq.0 + u64::from(self.records));
-        self.payload_blocks = payload_blocks;
-        self.last_time = TimeUs(time);
-        self.records += 1;
-        if self.records == self.header.record_count {
-            self.check_sums()?;
-        }
-        Ok(PlacedRecord {
-            record: Record {
-                seq,
-                time: self.last_time,
-                body,
-            },
-            payload_block,
-        })
-    }
-
-    fn check_sums(&self) -> Result<(), FormatError> {
-        let header = self.header;
-        let require = |ok: bool, field, reason| {
-            if ok {
-                Ok(())
-            } else {
-                Err(field_error(field, reason))
-            }
-        };
-        require(
-            self.reader.remaining() == 0,
-            "table_len",
-            "bytes behind the last record",
-        )?;
-        require(
-            self.last_time == header.last_time,
-            "last_time_us",
-            "not the last record's",
-        )?;
-        let blocks_ok = self.payload_blocks == header.payload_blocks;
-        require(blocks_ok, "payload_blocks", "not the sum of the records")?;
-        let events_ok = self.events == header.flags.has(FrameFlags::EVENTS);
-        require(events_ok, "flags", "EVENTS does not agree with the records")
-    }
-
-    fn body(&mut self, head: u8) -> Result<RecordBody, FormatError> {
-        let kind = head & KIND_MASK;
-        let mode = head >> MODE_SHIFT & MODE_MASK;
-        let has_extent = matches!(kind, WRITE | RESYNC | ZERO | DISCARD);
-        let mode_max = if matches!(kind, WRITE | RESYNC) {
-            MODE_MAP
-        } else {
-            0
-        };
-        if mode > mode_max || (!has_extent && head & SAME_VOLUME != 0) {
-            return Err(field_error("head", "bits that this kind does not have"));
-        }
-        Ok(match kind {
-            WRITE => {
-                let extent = self.extent(head, RECORD_BLOCKS_MAX as u64)?;
-                RecordBody::Write {
-                    extent,
-                    payload: self.payload(mode, extent.blocks)?,
-                }
-            }
-            RESYNC => {
-                let extent = self.extent(head, RECORD_BLOCKS_MAX as u64)?;
-                RecordBody::Resync {
-                    extent,
-                    payload: self.payload(mode, extent.blocks)?,
-                }
-            }
-            ZERO => RecordBody::Zero {
-                extent: self.extent(head, VOLUME_BLOCKS_MAX)?,
-            },
-            DISCARD => RecordBody::Discard {
-                extent: self.extent(head, VOLUME_BLOCKS_MAX)?,
-            },
-            BOOKMARK => RecordBody::Bookmark {
-                label: self.reader.text("label")?.to_owned(),
-            },
-            BARRIER => RecordBody::Barrier,
-            SPAN_BEGIN => RecordBody::SpanBegin {
-                cause: self.cause()?,
-            },
-            SPAN_END => RecordBody::SpanEnd,
-            GAP => RecordBody::Gap {
-                cause: self.cause()?,
-                first_seq: Seq(self.reader.varint("first_seq")?),
-                end_seq: Seq(self.reader.varint("end_seq")?),
-                first_time: TimeUs(self.reader.varint("first_time")?),
-                bytes: self.reader.varint("bytes")?,
-            },
-            CLOCK_STEP => RecordBody::ClockStep {
-                us: self.reader.zigzag("us")?,
-            },
-            VOLUME => RecordBody::Volume {
-                volume: self.volume()?,
-                size: self.reader.varint_at_most("size", VOLUME_BYTES_MAX)?,
-                name: self.reader.text("name")?.to_owned(),
-            },
-            _ => return Err(field_error("head", "unknown kind")),
-        })
-    }
-
-    fn cause(&mut self) -> Result<Cause, FormatError> {
-        let value = self.reader.u8()?;
-        Cause::from_u8(value).ok_or_else(|| field_error("cause", "unknown"))
-    }
-
-    fn volume(&mut self) -> Result<VolumeIndex, FormatError> {
-        let value = self
-            .reader
-            .varint_at_most("volume", VOLUMES_MAX as u64 - 1)?;
-        Ok(VolumeIndex(
-            u16::try_from(value).expect("invariant: at most VOLUMES_MAX"),
-        ))
-    }
-
-    fn extent(&mut self, head: u8, blocks_max: u64) -> Result<Extent, FormatError> {
-        let volume = if head & SAME_VOLUME != 0 {
-            self.place.volume
-        } else {
-            let volume = self.volume()?;
-            if volume == self.place.volume {
-                return Err(field_error("volume", "named, though it is the one before"));
-            }
-            volume
-        };
-        let delta = self.reader.zigzag("start")?;
-        let start = self.place.end.checked_add_signed(delta);
-        let start = start.ok_or_else(|| field_error("start", "before the volume"))?;
-        let blocks = self.reader.varint("blocks")?;
-        let extent = Extent {
-            volume,
-            start: BlockIndex(start),
-            blocks,
-        };
-        check_extent(extent, blocks_max)?;
-        Ok(extent)
-    }
-
-    /// `blocks` is checked to be at most `RECORD_BLOCKS_MAX`.
-    fn payload(&mut self, mode: u8, blocks: u64) -> Result<Payload, FormatError> {
-        if mode != MODE_MAP {
-            let payload = payload_of(mode).ok_or_else(|| field_error("head", "unknown mode"))?;
-            return Ok(Payload::All(payload));
-        }
-        let blocks = usize::try_from(blocks).expect("invariant: at most RECORD_BLOCKS_MAX");
-        let codes = self.reader.take(blocks.div_ceil(CODES_PER_BYTE))?;
-        let code_at =
-            |at: usize| codes[at / CODES_PER_BYTE] >> (at % CODES_PER_BYTE * CODE_BITS) & 3;
-        if (blocks..codes.len() * CODES_PER_BYTE).any(|at| code_at(at) != 0) {
-            return Err(field_error(
-                "payload",
-                "bits behind the last block are not zero",
-            ));
-        }
-        let map: Option<Vec<_>> = (0..blocks).map(|at| payload_of(code_at(at))).collect();
-        let payload = Payload::Map(map.ok_or_else(|| field_error("payload", "unknown code"))?);
-        if payload.uniform().is_some() {
-            return Err(field_error("payload", "a map where one mode says the same"));
-        }
-        Ok(payload)
     }
 }
