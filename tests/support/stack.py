@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from ebbtide.security.identity import create_identity
-from ebbtide.security.keys import MasterKey
 
 from ebbtide.rpc import agent_pb2, agent_pb2_grpc
+from ebbtide.security.identity import create_identity
+from ebbtide.security.keys import MasterKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,7 +85,8 @@ class Host:
         create_identity(identity / "agent.crt", identity / "agent.key", self.name)
         MasterKey.create(identity / "master.key")
         self.config.write_text(
-            f'[agent]\nname = "{self.name}"\nlisten = "127.0.0.1:{self.port}"\n{extra}\n'
+            f'[agent]\nname = "{self.name}"\nlisten = "127.0.0.1:{self.port}"\n'
+            f'socket = "agent.sock"\n{extra}\n'
         )
 
     def pin(self, peer: Host) -> None:
@@ -98,7 +99,7 @@ class Host:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, EBB, "--config", str(self.config), "agent"],
+                [*self.prefix, EBB, "agent", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -162,12 +163,12 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run `ebb` against this agent as a user would."""
         done = subprocess.run(
-            [*self.prefix, EBB, "--config", str(self.config), *arguments],
+            [EBB, *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,
             input=text_input,
-            env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
+            env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100", "EBB_CONFIG": str(self.config)},
         )
         assert "Traceback" not in done.stderr + done.stdout, done.stderr
         if check:

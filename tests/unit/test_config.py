@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from ebbtide.config import Config, load_config, parse_config, split_address
 from ebbtide.errors import ConfigError, ExitCode
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
 from ebbtide.config import parse_config
 from ebbtide.errors import (
     ConfigError,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from datetime import UTC, timedelta, timezone
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ebbtide.errors import UsageError
 from ebbtide.times import (
     TIME_US_MAX,
@@ -13,8 +16,6 @@ from ebbtide.times import (
     parse_duration_us,
     parse_time,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 NOW = 1_772_345_678_123_456
 
