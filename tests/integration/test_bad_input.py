@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +24,7 @@ from tests.support.stack import Host, Stack, eventually, is_alive
 if TYPE_CHECKING:
     import random
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.needs("root"),
