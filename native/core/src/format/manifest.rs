@@ -115,8 +115,12 @@ pub struct EventEntry {
     pub cause: Option<u8>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap_first_time_us: Option<u64>,
+    /// Bytes of a gap, or size of a volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Index of a volume whose name (`label`) or size changed or that is new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<u16>,
 }
 
 impl Manifest {

@@ -1,30 +1,58 @@
 //! The log: a directory of segments with a manifest. A spool and a journal are this module under
 //! two retention rules. One writer (it holds `lock`), any number of readers in other processes.
 //!
-//! Directory: `MANIFEST`, `lock`, `IIIIIIII-FFFFFFFF-LLLLLLLL.seg` (sealed: ordinal of the
-//! incarnation, first and last frame, hex), `IIIIIIII-FFFFFFFF.open` (the growing one), and index
-//! runs `*.run` beside their segments.
+//! Directory: `MANIFEST`, `lock`, `synced`, `IIIIIIII-FFFFFFFF-LLLLLLLL.seg` (sealed: ordinal of
+//! the incarnation, first and last frame, hex), `IIIIIIII-FFFFFFFF.open` (not sealed yet), and
+//! index runs `*.run` beside their segments. `docs/format/log-directory.md` has the whole account.
+//!
+//! Order of durability. A segment that is full is sealed behind the writer's back (data sync,
+//! rename, directory sync, manifest) while the next one grows. Nothing in a segment is called
+//! durable before everything in all older segments is, so what a crash leaves is a prefix.
 //!
 //! Recovery: the manifest names sealed segments; sealed files it does not name yet (a crash between
-//! rename and manifest) are verified and adopted; an open segment is walked frame by frame, its
+//! rename and manifest) are verified and adopted; open segments are walked frame by frame, the
 //! torn tail cut, and sealed: a new writer always begins a new incarnation (spool) or continues
 //! behind the last whole frame in a new segment (journal). A bad frame below what was known durable
 //! is damage: reported with its place, never cut.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::constants::{SEGMENT_AGE_S, SEGMENT_BYTES_MAX, SEGMENT_RECORDS_MAX};
 use crate::format::FormatError;
 use crate::format::frame::Digest;
-use crate::format::manifest::Manifest;
-use crate::format::segment::SegmentHeader;
-use crate::storage::Directory;
+use crate::storage::{Directory, is_full};
 use crate::types::{FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
+
+mod admit;
+mod catalog;
+mod events;
+pub mod names;
+mod reader;
+mod recovery;
+pub mod synced;
+mod verify;
+mod walk;
+mod writer;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use names::SegmentId;
+pub use reader::{Batch, LogReader};
+pub use verify::{Finding, verify};
+pub use writer::{LogWriter, SyncHandle};
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LogError {
     #[error("{action} failed: {source}")]
-    Io { action: &'static str, source: std::io::Error },
+    Io {
+        action: &'static str,
+        source: std::io::Error,
+    },
     /// An earlier write or fsync failed; the object refuses work until it is recovered.
     #[error("an earlier write failed; the log must be recovered")]
     Poisoned,
@@ -33,13 +61,20 @@ pub enum LogError {
     #[error("no space is left for the log")]
     NoSpace,
     #[error("segment {segment} at byte {offset}: {source}")]
-    Damaged { segment: String, offset: u64, source: FormatError },
+    Damaged {
+        segment: String,
+        offset: u64,
+        source: FormatError,
+    },
     #[error(transparent)]
     Format(#[from] FormatError),
     #[error("frame belongs to group {found}, the log to {expected}")]
     ForeignGroup { expected: GroupId, found: GroupId },
     #[error("generation {found} is older than {promised}, which this site has promised")]
-    Fenced { promised: Generation, found: Generation },
+    Fenced {
+        promised: Generation,
+        found: Generation,
+    },
     #[error("incarnation {0} was not announced")]
     UnknownIncarnation(IncarnationId),
     #[error("frame {found} came where {expected} was expected", found = found.0, expected = expected.0)]
@@ -53,6 +88,26 @@ pub enum LogError {
     Conflict { frame: FrameNo },
     #[error("seq {found} is not above {last}, the newest that is held", found = found.0, last = last.0)]
     SeqReused { last: Seq, found: Seq },
+    #[error("time {found} us is not above {last}, the newest that is held", found = found.0, last = last.0)]
+    TimeReused { last: TimeUs, found: TimeUs },
+    /// The incarnation's header differs from the one held under the same identity.
+    #[error("incarnation {0} is held with another header")]
+    IncarnationConflict(IncarnationId),
+    /// A later incarnation has begun; this one can only be repeated, not continued.
+    #[error("incarnation {0} was followed by another and cannot grow")]
+    IncarnationClosed(IncarnationId),
+}
+
+impl LogError {
+    fn io(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| {
+            if is_full(&source) {
+                Self::NoSpace
+            } else {
+                Self::Io { action, source }
+            }
+        }
+    }
 }
 
 /// A place in the log: behind frame `frame_no` of `incarnation` comes the next to read or append.
@@ -83,137 +138,51 @@ pub struct LogEnd {
 /// What recovery found. Shown by `status`, kept in the logs of the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RecoveryReport {
+    /// Bytes of frames that were never made durable and had to go.
     pub torn_bytes: u64,
     pub adopted_segments: u32,
     pub damage: Vec<String>,
 }
 
-/// The one writer of a log.
-#[derive(Debug)]
-pub struct LogWriter {
-    _private: (),
+/// When segments are sealed, and by whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogOptions {
+    pub segment_bytes_max: u64,
+    pub segment_records_max: u64,
+    pub segment_age: Duration,
+    /// Seal on a thread of the writer's own, so that a roll-over does not wait for an fsync.
+    pub background: bool,
 }
 
-impl LogWriter {
-    /// Opens or creates the log of `group` and recovers it.
-    pub fn open(
-        directory: Arc<dyn Directory>,
-        group: GroupId,
-    ) -> Result<(Self, RecoveryReport), LogError> {
-        let _ = (directory, group);
-        todo!()
-    }
-
-    pub fn end(&self) -> LogEnd {
-        todo!()
-    }
-
-    /// Frames older than this generation are refused from now on. The caller has stored it durably.
-    pub fn promise(&mut self, generation: Generation) {
-        let _ = generation;
-        todo!()
-    }
-
-    /// Announces an incarnation (idempotent); frames of it may follow. Seals the open segment of
-    /// another one. `header.first_frame` is the frame that will come first.
-    pub fn begin(&mut self, header: &SegmentHeader) -> Result<(), LogError> {
-        let _ = header;
-        todo!()
-    }
-
-    /// Appends whole frames, back to back, of the current incarnation, after the checks of design
-    /// section 6 (generation, incarnation, number, floor, `prev`, checksum, digests, seq). Frames
-    /// already held are skipped if their digest agrees. Written, not synced. `trusted` skips the
-    /// body digests: only for frames that this process has just sealed.
-    pub fn append(&mut self, frames: &[u8], trusted: bool) -> Result<LogEnd, LogError> {
-        let _ = (frames, trusted);
-        todo!()
-    }
-
-    /// The data of everything appended before the call becomes durable when the returned handle's
-    /// `sync` returns; the handle can be used without the writer's lock (group commit).
-    pub fn sync_handle(&self) -> Result<SyncHandle, LogError> {
-        todo!()
-    }
-
-    /// Seals the open segment, if any: sync, rename, directory sync, manifest.
-    pub fn seal(&mut self) -> Result<(), LogError> {
-        todo!()
-    }
-
-    /// Notes that the index run of a sealed segment is complete, in the manifest.
-    pub fn publish_run(&mut self, ordinal: u32, first_frame: FrameNo) -> Result<(), LogError> {
-        let _ = (ordinal, first_frame);
-        todo!()
-    }
-
-    /// Removes sealed segments whose every frame lies before `position` (spool retention).
-    /// Returns the bytes given back.
-    pub fn trim(&mut self, position: &LogPosition) -> Result<u64, LogError> {
-        let _ = position;
-        todo!()
-    }
-
-    /// The manifest as it is now, with the events of the open segment added.
-    pub fn manifest(&self) -> Manifest {
-        todo!()
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self {
+            segment_bytes_max: SEGMENT_BYTES_MAX,
+            segment_records_max: SEGMENT_RECORDS_MAX,
+            segment_age: Duration::from_secs(SEGMENT_AGE_S),
+            background: true,
+        }
     }
 }
 
-/// See [`LogWriter::sync_handle`].
-#[derive(Debug)]
-pub struct SyncHandle {
-    _private: (),
-}
-
-impl SyncHandle {
-    /// Position that is durable once `sync` has returned.
-    pub fn end(&self) -> &LogEnd {
-        todo!()
-    }
-
-    pub fn sync(&self) -> Result<(), LogError> {
-        todo!()
-    }
-}
-
-/// Reads a log that another process may be writing.
-#[derive(Debug)]
-pub struct LogReader {
-    _private: (),
-}
-
-/// Frames read in one go: whole, of one incarnation, ready for the wire.
+/// A directory and the group whose log it holds.
 #[derive(Debug, Clone)]
-pub struct Batch {
-    /// Set when `frames` begins an incarnation or a hole was crossed: send it first.
-    pub header: Option<SegmentHeader>,
-    pub frames: Vec<u8>,
-    pub first_frame: FrameNo,
-    pub last_frame: FrameNo,
-    pub last_seq: Seq,
-    pub last_time: TimeUs,
-    pub frame_count: u32,
+struct Home {
+    directory: Arc<dyn Directory>,
+    group: GroupId,
 }
 
-impl LogReader {
-    /// Opens with a shared lock on the manifest version it reads.
-    pub fn open(directory: Arc<dyn Directory>, group: GroupId) -> Result<Self, LogError> {
-        let _ = (directory, group);
-        todo!()
-    }
+/// A digest as the manifest writes it.
+fn digest_hex(digest: &Digest) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
-    /// Goes to a position; `None` is the oldest frame held. If the frame is no longer or not yet
-    /// held, goes to the next one that is, and the next batch carries a header.
-    pub fn seek(&mut self, position: Option<&LogPosition>) -> Result<(), LogError> {
-        let _ = position;
-        todo!()
+/// A digest of the manifest; its parser has checked that it is 64 hex digits.
+fn digest_of(text: &str) -> Digest {
+    let mut digest = Digest::default();
+    for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        let pair = std::str::from_utf8(pair).unwrap_or("00");
+        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
     }
-
-    /// Next frames up to `end`, what the writer has published; at least one frame if there is one,
-    /// else `None`. Follows sealed and renamed segments.
-    pub fn next_batch(&mut self, end: &LogEnd, max_bytes: usize) -> Result<Option<Batch>, LogError> {
-        let _ = (end, max_bytes);
-        todo!()
-    }
+    digest
 }

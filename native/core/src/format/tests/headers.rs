@@ -99,6 +99,7 @@ fn manifest() -> Manifest {
             cause: None,
             gap_first_time_us: None,
             bytes: None,
+            volume: None,
         }],
         horizon_seq: 0,
     }
