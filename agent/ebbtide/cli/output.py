@@ -74,6 +74,6 @@ def silence(stream: Any) -> None:
     os.close(null)
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 write`, `2 writes`, `12,345 writes`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    """`1 write`, `2 writes`, `12,345 flushes`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
