@@ -21,9 +21,10 @@ use crate::types::FrameNo;
 pub(super) const CONTENT_DIGEST_LEN: usize = 8;
 const _: () = assert!(CONTENT_DIGEST_LEN + TAG_LEN == CELL_OVERHEAD);
 
-/// A cell must shrink by 1/32 to be worth the reader's decompression.
-const GAIN_SHIFT: u32 = 5;
-/// A cell of at least so many blocks is sampled first: of each block this share, in one piece.
+/// A cell must shrink by 1/20 to be worth the reader's decompression.
+const GAIN_SHARE: usize = 20;
+/// A cell of at least so many blocks is sampled first, unless the one before was worth it: of each
+/// block this share, in one piece.
 const SAMPLE_BLOCKS_MIN: usize = 4;
 const SAMPLE_LEN: usize = BLOCK_SIZE / 4;
 
@@ -224,6 +225,8 @@ impl<'a> Pieces<'a> {
 /// Chooses an encoding for each cell.
 #[derive(Debug, Default)]
 struct Compressor {
+    /// The cell before was worth compressing; then most often this one is, too.
+    trusting: bool,
     sample: Vec<u8>,
     sample_out: Vec<u8>,
 }
@@ -236,6 +239,7 @@ impl Compressor {
         let compressed = effort > Effort::Raw
             && self.promising(raw)
             && lz4::compress_append(raw, len_max(raw.len()), bytes);
+        self.trusting = compressed;
         let encoding = if compressed {
             CellEncoding::Lz4
         } else {
@@ -255,7 +259,7 @@ impl Compressor {
     /// Whether a sample of the cell shrinks. Incompressible cells (encrypted data, images) then
     /// cost a fraction of a whole compression.
     fn promising(&mut self, raw: &[u8]) -> bool {
-        if raw.len() < SAMPLE_BLOCKS_MIN * BLOCK_SIZE {
+        if self.trusting || raw.len() < SAMPLE_BLOCKS_MIN * BLOCK_SIZE {
             return true;
         }
         self.sample.clear();
@@ -276,5 +280,5 @@ impl Compressor {
 
 /// Bytes that the compressed form of `raw_len` bytes may take.
 fn len_max(raw_len: usize) -> usize {
-    raw_len - (raw_len >> GAIN_SHIFT)
+    raw_len - raw_len / GAIN_SHARE
 }

@@ -665,3 +665,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn lz4_blocks_made_by_hand_are_read() {
+    let file: serde_json::Value =
+        serde_json::from_str(include_str!("../../../../tests/vectors/lz4.json")).unwrap();
+    for case in file["cases"].as_array().unwrap() {
+        let hex = |field: &str| -> Vec<u8> {
+            let digits = case[field].as_str().unwrap().as_bytes().chunks(2);
+            let text = digits.map(|pair| std::str::from_utf8(pair).unwrap());
+            text.map(|pair| u8::from_str_radix(pair, 16).unwrap())
+                .collect()
+        };
+        let mut out = vec![0; hex("raw").len()];
+        assert!(
+            lz4::decompress(&hex("block"), &hex("dictionary"), &mut out),
+            "{case}"
+        );
+        assert_eq!(out, hex("raw"), "{case}");
+    }
+}

@@ -114,3 +114,98 @@ fn no_key_is_printed() {
 fn random_bytes_differ() {
     assert_ne!(random_bytes::<32>(), random_bytes::<32>());
 }
+
+/// Published vectors, through the seam that frames use.
+mod vectors {
+    use serde_json::Value;
+
+    use super::super::cipher::raw;
+    use super::*;
+
+    fn cases(text: &str) -> Vec<Value> {
+        let file: Value = serde_json::from_str(text).unwrap();
+        file["cases"].as_array().unwrap().clone()
+    }
+
+    fn hex(case: &Value, field: &str) -> Vec<u8> {
+        let text = case[field].as_str().unwrap();
+        let pairs = text.as_bytes().chunks(2);
+        pairs
+            .map(|p| u8::from_str_radix(std::str::from_utf8(p).unwrap(), 16).unwrap())
+            .collect()
+    }
+
+    fn suite(case: &Value) -> Suite {
+        Suite::try_from(u16::try_from(case["suite"].as_u64().unwrap()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn gcm() {
+        let cases = cases(include_str!("../../../../tests/vectors/gcm.json"));
+        assert_eq!(cases.len(), 4);
+        for case in &cases {
+            let (key, aad) = (hex(case, "key"), hex(case, "aad"));
+            let nonce: [u8; 12] = hex(case, "nonce").try_into().unwrap();
+            let tag: [u8; 16] = hex(case, "tag").try_into().unwrap();
+            let mut buffer = hex(case, "plaintext");
+            assert_eq!(
+                raw::seal(suite(case), &key, nonce, &aad, &mut buffer),
+                tag,
+                "{case}"
+            );
+            assert_eq!(buffer, hex(case, "ciphertext"), "{case}");
+            raw::open(suite(case), &key, nonce, &aad, &mut buffer, &tag).unwrap();
+            assert_eq!(buffer, hex(case, "plaintext"), "{case}");
+        }
+    }
+
+    #[test]
+    fn hkdf() {
+        let cases = cases(include_str!("../../../../tests/vectors/hkdf.json"));
+        assert_eq!(cases.len(), 5);
+        for case in &cases {
+            let expected = hex(case, "okm");
+            let mut okm = vec![0; expected.len()];
+            let keyed = Hkdf::extract(suite(case), &hex(case, "salt"), &hex(case, "ikm"));
+            let info = hex(case, "info");
+            // In two pieces: the fields of an `info` are not joined first.
+            let (a, b) = info.split_at(info.len() / 2);
+            keyed.expand(&[a, b], &mut okm);
+            assert_eq!(okm, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn sm3() {
+        use ::sm3::Digest;
+        for case in &cases(include_str!("../../../../tests/vectors/sm3.json")) {
+            let digest = ::sm3::Sm3::digest(hex(case, "message"));
+            assert_eq!(digest.to_vec(), hex(case, "digest"), "{case}");
+        }
+    }
+
+    #[test]
+    fn sha256() {
+        for case in &cases(include_str!("../../../../tests/vectors/sha256.json")) {
+            let digest = crate::format::digest::sha256(&hex(case, "message"));
+            assert_eq!(digest.to_vec(), hex(case, "digest"), "{case}");
+        }
+    }
+
+    #[test]
+    fn xxh3() {
+        let mut generator = 2_654_435_761u64;
+        let buffer: Vec<u8> = (0..65536)
+            .map(|_| {
+                let byte = generator.to_be_bytes()[0];
+                generator = generator.wrapping_mul(11_400_714_785_074_694_797);
+                byte
+            })
+            .collect();
+        for case in &cases(include_str!("../../../../tests/vectors/xxh3.json")) {
+            let len = usize::try_from(case["length"].as_u64().unwrap()).unwrap();
+            let digest = xxhash_rust::xxh3::xxh3_64(&buffer[..len]);
+            assert_eq!(digest.to_be_bytes().to_vec(), hex(case, "digest"), "{case}");
+        }
+    }
+}
