@@ -1,0 +1,226 @@
+//! Serves plain files through the FUSE front end and a holder; what the integration tests kill.
+//!
+//! `fuse_file holder SOCKET DIRECTORY` mounts and holds. `fuse_file serve CONTROL FILE...` serves
+//! the files (under their own names) once it is sent AttachFuse. `fuse_file request SOCKET VERB`
+//! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file loop-attach
+//! FILE`, `loop-detach DEVICE`, `loop-list` are the functions of that name.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use ebbtide_core::device::{Allocation, BlockDevice, DeviceError, DeviceInfo, RequestFlags};
+use ebbtide_core::server::control::{Call, ControlServer, Handler, Reply, listen};
+use ebbtide_core::server::proto::request::Verb;
+use ebbtide_core::server::proto::response::Result as Outcome;
+use ebbtide_core::server::proto::{
+    AttachFuseRequest, HolderLaunch, Request, Response, StatusRequest, StopRequest, TapStatus,
+};
+use ebbtide_core::server::run::{Exit, Signals, report_ready};
+use ebbtide_core::server::{self, Failure, FuseFront, memory, wire};
+use prost::Message;
+
+/// A file as a device, with the page cache behind it, as a tap has its backing.
+#[derive(Debug)]
+struct FileDevice {
+    file: File,
+    size: u64,
+}
+
+fn device_error(error: &std::io::Error) -> DeviceError {
+    DeviceError::Io(error.raw_os_error().unwrap_or(5))
+}
+
+impl FileDevice {
+    fn fallocate(&self, offset: u64, length: u64, zero: bool) -> Result<(), DeviceError> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let kind = if zero {
+            FallocateFlags::ZERO_RANGE
+        } else {
+            FallocateFlags::PUNCH_HOLE
+        };
+        fallocate(&self.file, kind | FallocateFlags::KEEP_SIZE, offset, length)
+            .map_err(|error| device_error(&error.into()))
+    }
+}
+
+impl BlockDevice for FileDevice {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            size: self.size,
+            read_only: false,
+            multi_conn: true,
+        }
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64, _: RequestFlags) -> Result<(), DeviceError> {
+        self.file
+            .read_exact_at(buffer, offset)
+            .map_err(|error| device_error(&error))
+    }
+
+    fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> Result<(), DeviceError> {
+        self.file
+            .write_all_at(data, offset)
+            .map_err(|error| device_error(&error))?;
+        if flags.fua { self.flush(flags) } else { Ok(()) }
+    }
+
+    fn flush(&self, _: RequestFlags) -> Result<(), DeviceError> {
+        self.file.sync_data().map_err(|error| device_error(&error))
+    }
+
+    fn trim(&self, offset: u64, length: u64, _: RequestFlags) -> Result<(), DeviceError> {
+        self.fallocate(offset, length, false)
+    }
+
+    fn zero(&self, offset: u64, length: u64, _: RequestFlags) -> Result<(), DeviceError> {
+        self.fallocate(offset, length, true)
+    }
+
+    fn allocation(
+        &self,
+        _: u64,
+        length: u64,
+        each: &mut dyn FnMut(Allocation) -> bool,
+    ) -> Result<(), DeviceError> {
+        each(Allocation {
+            length,
+            hole: false,
+            zero: false,
+        });
+        Ok(())
+    }
+}
+
+/// Answers the control socket of `serve`.
+#[derive(Debug)]
+struct Server {
+    front: FuseFront,
+    exit: Exit,
+}
+
+impl Handler for Server {
+    fn handle(&self, call: Call) -> Result<Reply, Failure> {
+        match call.verb {
+            Verb::Status(_) => Ok(Reply::new(Outcome::TapStatus(TapStatus {
+                pid: std::process::id(),
+                fuse_mountpoint: self.front.mountpoint().unwrap_or_default(),
+                notices: self.front.notice().into_iter().collect(),
+                ..TapStatus::default()
+            }))),
+            Verb::AttachFuse(request) => {
+                let status = self.front.attach(Path::new(&request.holder_socket))?;
+                Ok(Reply::new(Outcome::HolderStatus(status)))
+            }
+            Verb::Stop(_) => {
+                self.front.stop();
+                let exit = self.exit.clone();
+                let mut reply = Reply::done();
+                reply.then = Some(Box::new(move || exit.request()));
+                Ok(reply)
+            }
+            _ => Err(Failure::usage("unknown here")),
+        }
+    }
+}
+
+fn serve(control: &Path, paths: &[String]) -> Result<(), Failure> {
+    let signals = Signals::block()?;
+    memory::enter_write_back_path();
+    let mut files: Vec<(String, Arc<dyn BlockDevice>)> = Vec::new();
+    for path in paths {
+        let failed = |error| Failure::io(&format!("open {path}"), &error);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        let name = Path::new(path)
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        files.push((
+            name.unwrap_or_default(),
+            Arc::new(FileDevice { file, size }),
+        ));
+    }
+    let exit = Exit::new()?;
+    let server = Arc::new(Server {
+        front: FuseFront::new(files),
+        exit: exit.clone(),
+    });
+    let listener = listen(control)?;
+    let socket = ControlServer::start(listener, control, Arc::clone(&server) as _)
+        .map_err(|error| Failure::io("serve the control socket", &error))?;
+    report_ready(Outcome::TapStatus(TapStatus::default()));
+    signals.wait(&exit);
+    server.front.stop();
+    socket.stop();
+    Ok(())
+}
+
+fn request(socket: &str, verb: &str) -> Result<(), String> {
+    let verb = match verb.split_once('=') {
+        Some(("attach", holder)) => Verb::AttachFuse(AttachFuseRequest {
+            holder_socket: holder.into(),
+        }),
+        _ if verb == "status" => Verb::Status(StatusRequest {}),
+        _ if verb == "stop" => Verb::Stop(StopRequest { unmount: false }),
+        _ if verb == "unmount" => Verb::Stop(StopRequest { unmount: true }),
+        _ => return Err(format!("unknown verb {verb}")),
+    };
+    let stream = UnixStream::connect(socket).map_err(|error| error.to_string())?;
+    let request = Request {
+        id: 1,
+        verb: Some(verb),
+    };
+    wire::send(&stream, &request, None).map_err(|error| error.to_string())?;
+    let received = wire::receive::<Response>(&stream).map_err(|error| error.to_string())?;
+    match received.and_then(|(response, _)| response.result) {
+        Some(Outcome::Failure(failure)) => Err(format!("{}: {}", failure.code, failure.message)),
+        Some(outcome) => {
+            println!("{outcome:?}");
+            Ok(())
+        }
+        None => Err("no answer".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result: Result<(), String> = match words.as_slice() {
+        ["holder", socket, directory] => {
+            let launch = HolderLaunch {
+                control_socket: (*socket).into(),
+                mountpoint: (*directory).into(),
+                source: "ebbtide-test".into(),
+            };
+            let code = server::holder_main(&launch.encode_to_vec());
+            return ExitCode::from(u8::try_from(code).unwrap_or(1));
+        }
+        ["serve", control, _, ..] => {
+            serve(&PathBuf::from(control), &arguments[2..]).map_err(|error| error.to_string())
+        }
+        ["request", socket, verb] => request(socket, verb),
+        ["loop-attach", file] => server::loop_attach(Path::new(file), false)
+            .map(|device| println!("{device}"))
+            .map_err(|error| error.to_string()),
+        ["loop-detach", device] => server::loop_detach(device).map_err(|error| error.to_string()),
+        ["loop-list"] => server::loop_list()
+            .map(|devices| devices.iter().for_each(|device| println!("{device:?}")))
+            .map_err(|error| error.to_string()),
+        _ => Err("usage: see the head of fuse_file.rs".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The FUSE front end of a tap or view server: serves the mount of a holder, and outlives it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::failure::Failure;
+use super::holder::HolderLink;
+use super::proto::HolderStatus;
+use crate::device::BlockDevice;
+use crate::fuse::FuseServer;
+
+/// INIT was sent when the holder mounted, so that it is answered at once.
+const INIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Named devices that can be served through a holder's mount.
+#[derive(Debug)]
+pub struct FuseFront {
+    files: Vec<(String, Arc<dyn BlockDevice>)>,
+    serving: Mutex<Option<Serving>>,
+}
+
+#[derive(Debug)]
+struct Serving {
+    // Dropped first: the last answer goes out before the link ends.
+    server: FuseServer,
+    link: HolderLink,
+    status: HolderStatus,
+}
+
+impl FuseFront {
+    pub fn new(files: Vec<(String, Arc<dyn BlockDevice>)>) -> Self {
+        Self {
+            files,
+            serving: Mutex::new(None),
+        }
+    }
+
+    /// Serves the mount of the holder at `socket` from now on: takes its descriptor or, if we serve
+    /// one whose holder died, gives it that. Returns the holder's status.
+    pub fn attach(&self, socket: &Path) -> Result<HolderStatus, Failure> {
+        let mut serving = self.serving.lock();
+        if let Some(current) = serving.as_mut().filter(|current| !current.server.ended()) {
+            if !current.link.is_alive() {
+                let descriptor = current.server.descriptor();
+                let descriptor =
+                    descriptor.map_err(|error| Failure::io("duplicate the descriptor", &error))?;
+                (current.link, current.status) = HolderLink::give(socket, &descriptor)?;
+            }
+            return Ok(current.status.clone());
+        }
+        *serving = None;
+        let (mut link, status, descriptor) = HolderLink::take(socket)?;
+        let resume = status.handed_out || status.initialized;
+        let server = FuseServer::start(descriptor, self.files.clone(), resume)
+            .map_err(|error| Failure::io("serve the FUSE mount", &error))?;
+        if !server.wait_initialized(INIT_TIMEOUT) {
+            return Err(Failure::internal("the kernel did not finish FUSE's INIT"));
+        }
+        let status = link.initialized()?;
+        *serving = Some(Serving {
+            server,
+            link,
+            status: status.clone(),
+        });
+        Ok(status)
+    }
+
+    /// Where the files are; None if not attached.
+    pub fn mountpoint(&self) -> Option<String> {
+        let serving = self.serving.lock();
+        let current = serving.as_ref().filter(|current| !current.server.ended())?;
+        Some(current.link.mountpoint.clone())
+    }
+
+    /// What people should know of this front end.
+    pub fn notice(&self) -> Option<String> {
+        let serving = self.serving.lock();
+        let current = serving.as_ref()?;
+        (current.server.resends() == Some(false)).then(|| {
+            "this kernel (before 6.9) cannot send a killed server's requests to its successor: \
+             requests in flight then hang until the FUSE connection is aborted; prefer nbd"
+                .to_owned()
+        })
+    }
+
+    /// Answers what was read and serves no more; what comes waits for a successor.
+    pub fn stop(&self) {
+        *self.serving.lock() = None;
+    }
+}
