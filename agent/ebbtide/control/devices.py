@@ -1,0 +1,323 @@
+"""Block devices and mounts on the agent's host: a holder per tap or view, loop devices on top.
+
+The holder keeps the descriptor of a FUSE mount whose files are the volumes. When a server is
+started again, it takes the descriptor from the holder; when the holder is, it gets it back from the
+server. A loop device therefore outlives both, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ebbtide import _native
+from ebbtide.control.native import in_thread
+from ebbtide.control.state import Attachment, MountRecord
+from ebbtide.control.supervisor import ProcessState, Supervisor
+from ebbtide.errors import (
+    EbbError,
+    NotFoundError,
+    PrivilegeError,
+    RefusedError,
+    UnreachableError,
+    UsageError,
+)
+from ebbtide.rpc import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ebbtide.control.client import ControlClient
+
+#: A mount that replays a journal of some GiB takes its time.
+MOUNT_S = 120.0
+
+#: Options of a mount that must not write, by file system: a journal cannot be replayed then.
+READ_ONLY_OPTIONS = {
+    "ext2": "ro",
+    "ext3": "ro,noload",
+    "ext4": "ro,noload",
+    "xfs": "ro,norecovery,nouuid",
+    "btrfs": "ro,rescue=nologreplay",
+}
+#: Options of a writable mount: a copy of a mounted XFS has the UUID of the original.
+WRITABLE_OPTIONS = {"xfs": "rw,nouuid"}
+
+
+class Holder(Supervisor):
+    """The process that keeps the /dev/fuse descriptor of one mount."""
+
+    module = "ebbtide.source.holder"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        attachment: Attachment,
+        log: Path,
+        reattach: Callable[[], asyncio.Future[None] | asyncio.Task[None]],
+    ) -> None:
+        super().__init__(name=f"holder of {name}", socket=Path(attachment.holder_socket), log=log)
+        self._attachment = attachment
+        self._source = f"ebbtide:{name}"
+        self._reattach = reattach
+        self._first = True
+
+    async def launch_message(self) -> bytes:
+        return pb.HolderLaunch(
+            control_socket=str(self.socket),
+            mountpoint=self._attachment.mountpoint,
+            source=self._source,
+        ).SerializeToString()
+
+    async def adopted(self, client: ControlClient) -> int:
+        response = await client.request(pb.Request(status=pb.StatusRequest()))
+        return response.holder_status.pid
+
+    async def serving(self, client: ControlClient) -> None:  # noqa: ARG002 (of the base class)
+        if not self._first:
+            self._reattach()
+        self._first = False
+
+    async def unmount(self) -> None:
+        """Unmount and end the holder. Refused while a file of the mount is open."""
+        if self.client is not None:
+            await self.client.request(pb.Request(stop=pb.StopRequest(unmount=True)))
+        await self.abandon()
+
+
+class BlockDevices:
+    """The block devices of one tap or view."""
+
+    def __init__(self, *, name: str, server: Supervisor, run_dir: Path, log_dir: Path) -> None:
+        self._name = name
+        self._server = server
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+        self._holder: Holder | None = None
+        self.attachment: Attachment | None = None
+
+    async def adopt(self, attachment: Attachment) -> None:
+        """Take over what an earlier agent attached."""
+        self.attachment = attachment
+        self._start_holder(attachment)
+
+    async def serve_again(self, client: ControlClient) -> None:
+        """Have a server that was started again serve the mount."""
+        if self.attachment is not None:
+            await self._attach_fuse(client)
+
+    async def attach(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
+        """Device path of each volume; those already attached stay. Raises `PrivilegeError`."""
+        _require_loop()
+        if self.attachment is None:
+            attachment = Attachment(
+                mountpoint=str(self._run_dir / f"fuse-{self._name}"),
+                holder_socket=str(self._run_dir / f"holder-{self._name}.sock"),
+                read_only=read_only,
+            )
+            holder = self._start_holder(attachment)
+            self.attachment = attachment
+            try:
+                await holder.until_settled()
+                await self._attach_fuse(self._client())
+            except EbbError:
+                self.attachment = None
+                await self._drop_holder()
+                raise
+        devices = dict(self.attachment.devices)
+        for volume in volumes:
+            if volume not in devices:
+                path = str(Path(self.attachment.mountpoint) / volume)
+                devices[volume] = await in_thread(
+                    _native.loop_attach, path, read_only or self.attachment.read_only
+                )
+                self.attachment.devices = devices
+        return {volume: devices[volume] for volume in volumes}
+
+    async def detach(self, volumes: list[str]) -> dict[str, str]:
+        """Take devices away; the mount too if none is left. Raises `RefusedError` if in use."""
+        if self.attachment is None:
+            return {}
+        devices = dict(self.attachment.devices)
+        chosen = {volume: devices[volume] for volume in volumes if volume in devices}
+        for volume, device in chosen.items():
+            if user := await asyncio.to_thread(user_of, device):
+                raise RefusedError(
+                    f"{device} (volume {volume}) is in use: {user}",
+                    code="in-use",
+                    hint="unmount it or end who uses it, then repeat",
+                )
+        for volume, device in chosen.items():
+            await in_thread(_native.loop_detach, device)
+            del devices[volume]
+            self.attachment.devices = devices
+        if not devices and self._holder is not None:
+            await self._holder.unmount()
+            self._holder = None
+            self.attachment = None
+        return chosen
+
+    async def abandon(self) -> None:
+        """Leave everything for the next agent."""
+        if self._holder is not None:
+            await self._holder.abandon()
+
+    def holder_state(self) -> ProcessState | None:
+        return self._holder.state if self._holder else None
+
+    def _start_holder(self, attachment: Attachment) -> Holder:
+        self._holder = Holder(
+            name=self._name,
+            attachment=attachment,
+            log=self._log_dir / f"holder-{self._name}.log",
+            reattach=lambda: asyncio.ensure_future(self._give_back()),
+        )
+        self._holder.begin()
+        return self._holder
+
+    async def _give_back(self) -> None:
+        """A new holder runs: the server gives it the descriptor."""
+        with contextlib.suppress(EbbError):
+            await self._attach_fuse(self._client())
+
+    async def _drop_holder(self) -> None:
+        if self._holder is not None:
+            with contextlib.suppress(EbbError):
+                await self._holder.unmount()
+            await self._holder.abandon()
+            self._holder = None
+
+    def _client(self) -> ControlClient:
+        if self._server.client is None:
+            raise UnreachableError(f"the process of {self._server.name} does not run")
+        return self._server.client
+
+    async def _attach_fuse(self, client: ControlClient) -> None:
+        assert self.attachment is not None  # noqa: S101 (invariant of the callers)
+        await client.request(
+            pb.Request(
+                attach_fuse=pb.AttachFuseRequest(holder_socket=self.attachment.holder_socket)
+            ),
+            timeout_s=30.0,
+        )
+
+
+def _require_loop() -> None:
+    if os.geteuid() != 0:
+        raise PrivilegeError(
+            "block devices need root",
+            hint="run the agent as root, or use the NBD socket that 'ebb status' shows",
+        )
+    for path in ("/dev/fuse", "/dev/loop-control"):
+        if not Path(path).exists():
+            raise PrivilegeError(
+                f"{path} is absent: this kernel gives no block devices from FUSE and loop",
+                code="unsupported",
+                hint="use the NBD socket that 'ebb status' shows",
+            )
+
+
+def _unescape(field: str) -> str:
+    """A path of /proc/mounts: blanks and backslashes are octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+
+
+def mounts_of(device: str) -> list[str]:
+    """Directories where a device is mounted, in this mount namespace."""
+    lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    fields = [line.split(" ") for line in lines]
+    return [_unescape(field[1]) for field in fields if _unescape(field[0]) == device]
+
+
+def user_of(device: str) -> str:
+    """Who uses a block device, in words; empty if nobody is seen."""
+    if directories := mounts_of(device):
+        return f"mounted at {', '.join(directories)}"
+    name = Path(device).name
+    holders = Path(f"/sys/block/{name}/holders")
+    if holders.is_dir() and (names := sorted(entry.name for entry in holders.iterdir())):
+        return f"held by {', '.join(names)}"
+    swaps = Path("/proc/swaps").read_text(encoding="utf-8").splitlines()[1:]
+    if any(line.split()[0] == device for line in swaps if line.strip()):
+        return "used as swap"
+    return ""
+
+
+async def _run(*command: str, timeout_s: float) -> tuple[int, str, str]:
+    def run() -> tuple[int, str, str]:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=timeout_s
+        )
+        return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+    if shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+        raise PrivilegeError(
+            f"{command[0]} is not installed", code="unsupported", hint="install util-linux"
+        )
+    try:
+        return await asyncio.to_thread(run)
+    except subprocess.TimeoutExpired:
+        raise UnreachableError(
+            f"{command[0]} did not end within {timeout_s:.0f} s", code="timeout"
+        ) from None
+
+
+def _check_directory(where: Path) -> None:
+    if not where.is_absolute():
+        raise UsageError(f"{where} is not an absolute path")
+    if not where.is_dir():
+        raise NotFoundError(f"{where} is no directory", hint=f"mkdir {where}")
+    if any(where.iterdir()):
+        raise RefusedError(f"{where} is not empty", hint="mount into an empty directory")
+
+
+async def mount(volume: str, device: str, directory: str, *, read_only: bool) -> MountRecord:
+    """Mount a device with what a copy of a live file system needs."""
+    await asyncio.to_thread(_check_directory, Path(directory))
+    status, filesystem, _ = await _run(
+        "blkid", "-p", "-s", "TYPE", "-o", "value", device, timeout_s=30.0
+    )
+    if status != 0 or not filesystem:
+        raise RefusedError(
+            f"volume {volume} holds no file system that is known at this point",
+            code="no-filesystem",
+            hint="choose a later point, or read the block device: 'ebb attach'",
+        )
+    chosen = READ_ONLY_OPTIONS if read_only else WRITABLE_OPTIONS
+    options = chosen.get(filesystem, "ro" if read_only else "rw")
+    status, _, errors = await _run(
+        "mount", "-t", filesystem, "-o", options, device, directory, timeout_s=MOUNT_S
+    )
+    if status != 0:
+        raise RefusedError(
+            f"{filesystem} on volume {volume} cannot be mounted: {errors}",
+            code="mount-failed",
+            hint="a writable view lets the file system replay its journal: --writable",
+        )
+    return MountRecord(
+        volume=volume,
+        device=device,
+        directory=directory,
+        filesystem=filesystem,
+        options=options,
+    )
+
+
+async def unmount(directory: str) -> None:
+    """Unmount a directory; nothing to do if it is not mounted. Raises `RefusedError` if busy."""
+    if not await asyncio.to_thread(os.path.ismount, directory):
+        return
+    status, _, errors = await _run("umount", directory, timeout_s=MOUNT_S)
+    if status != 0:
+        raise RefusedError(
+            f"{directory} cannot be unmounted: {errors}",
+            code="in-use",
+            hint=f"'fuser -vm {directory}' shows who uses it",
+        )

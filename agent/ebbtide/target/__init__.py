@@ -1,0 +1,1 @@
+"""The target side of an agent: journals, views, restore."""
