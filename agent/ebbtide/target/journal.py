@@ -181,7 +181,7 @@ class GroupJournal:
         try:
             return await self._appender.call(work)
         except EbbError as error:
-            if error.code in {"io", "poisoned", "internal"}:
+            if error.code in {"io", "poisoned"}:
                 self._break(error)
             raise
 

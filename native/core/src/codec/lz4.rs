@@ -15,25 +15,26 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// A length as C knows it. Cells and dictionaries are far below the limit.
-fn c_len(len: usize) -> c_int {
-    c_int::try_from(len).expect("invariant: LZ4 sees cells and dictionaries only")
-}
+/// Most bytes of one call, either way; everything here is far below.
+const LEN_MAX: usize = 1 << 24;
 
 /// Appends `src`, compressed, to `out`, unless that takes more than `len_max` bytes; then `out` is
 /// unchanged.
 pub(super) fn compress_append(src: &[u8], len_max: usize, out: &mut Vec<u8>) -> bool {
-    let (src_len, capacity) = (c_len(src.len()), c_len(len_max));
+    assert!(
+        src.len() <= LEN_MAX && len_max <= LEN_MAX,
+        "invariant: LZ4 sees cells only"
+    );
     out.reserve(len_max);
     let spare = out.spare_capacity_mut();
     // SAFETY: `src` is readable for its length, the spare capacity is writable for `len_max` bytes
-    // (reserved above), both lengths are those passed, and LZ4 writes no further than the capacity.
+    // (reserved above), both lengths fit a C int, and LZ4 writes no further than the capacity.
     let written = unsafe {
         lz4_sys::LZ4_compress_default(
             src.as_ptr().cast(),
             spare.as_mut_ptr().cast(),
-            src_len,
-            capacity,
+            src.len() as c_int,
+            len_max as c_int,
         )
     };
     // Zero or less: it did not fit.
@@ -49,18 +50,20 @@ pub(super) fn compress_append(src: &[u8], len_max: usize, out: &mut Vec<u8>) -> 
 /// Fills `out` from an LZ4 block and the dictionary that it was made with. False unless the block
 /// is well formed and holds exactly so many bytes; `out` is unspecified then.
 pub(super) fn decompress(block: &[u8], dict: &[u8], out: &mut [u8]) -> bool {
-    let lens = (c_len(block.len()), c_len(out.len()), c_len(dict.len()));
-    // SAFETY: `block` and `dict` are readable and `out` is writable for the lengths that are
-    // passed; `out` overlaps neither (it is borrowed mutably). The `safe` variant bounds its reads
+    if block.len() > LEN_MAX || dict.len() > LEN_MAX || out.len() > LEN_MAX {
+        return false;
+    }
+    // SAFETY: `block` and `dict` are readable and `out` is writable for their lengths, which fit a
+    // C int; `out` overlaps neither (it is borrowed mutably). The `safe` variant bounds its reads
     // and writes whatever the block holds.
     let read = unsafe {
         LZ4_decompress_safe_usingDict(
             block.as_ptr().cast(),
             out.as_mut_ptr().cast(),
-            lens.0,
-            lens.1,
+            block.len() as c_int,
+            out.len() as c_int,
             dict.as_ptr().cast(),
-            lens.2,
+            dict.len() as c_int,
         )
     };
     usize::try_from(read) == Ok(out.len())
@@ -71,8 +74,6 @@ pub(super) mod reference {
     //! Compression with a dictionary, as the encoder that finds references will do it.
 
     use std::ffi::{c_char, c_int};
-
-    use super::c_len;
 
     unsafe extern "C" {
         fn LZ4_loadDict(
@@ -97,13 +98,13 @@ pub(super) mod reference {
         let written = unsafe {
             let stream = lz4_sys::LZ4_createStream();
             assert!(!stream.is_null());
-            LZ4_loadDict(stream, dict.as_ptr().cast(), c_len(dict.len()));
+            LZ4_loadDict(stream, dict.as_ptr().cast(), dict.len() as c_int);
             let written = LZ4_compress_fast_continue(
                 stream,
                 src.as_ptr().cast(),
                 out.as_mut_ptr().cast(),
-                c_len(src.len()),
-                c_len(out.len()),
+                src.len() as c_int,
+                out.len() as c_int,
                 1,
             );
             lz4_sys::LZ4_freeStream(stream);

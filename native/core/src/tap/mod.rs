@@ -1,11 +1,57 @@
 //! Tap: where writes are intercepted. See `docs/architecture.md`, "How a write travels".
+//!
+//! `device` takes requests to the ordering point in `queue`; encoder threads (`pipeline`) make
+//! frames and append them to the spool; `intent` remembers durably which regions history may not
+//! know, `copier` emits them; `start` decides after a stop what these are; `core` holds what they
+//! share. Locks are taken in this order: span turn, keeper, commit, queue; range locks and bitmap
+//! writes come before all of them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
+mod backing;
+mod backing_disk;
+mod bell;
+mod bitmap;
+mod cache;
+mod clock;
+mod completion;
+mod copier;
+mod core;
+mod device;
+mod grace;
+mod intent;
+mod pipeline;
+mod placement;
+mod queue;
+mod range_lock;
+mod ring;
+mod start;
+mod state;
+mod volume;
+
+#[cfg(test)]
+mod tests;
+
+pub use backing::{Backing, Run, StorageBacking};
+pub use backing_disk::DiskBacking;
+pub use clock::{SystemTimeSource, TimeSource};
+pub use pipeline::IncarnationLimits;
+pub use start::TapParts;
+
+use self::core::TapCore;
+use self::device::TapDevice;
+use self::queue::Mode;
 use crate::crypto::{GroupKey, Suite};
 use crate::device::BlockDevice;
+use crate::format::record::{Cause, RecordBody};
 use crate::log::{LogEnd, LogPosition};
+use crate::constants::LABEL_BYTES_MAX;
 use crate::types::{Generation, GroupId, Seq, TimeUs, VolumeIndex};
 
 /// Everything a tap needs to know; built from the launcher's message.
@@ -57,6 +103,10 @@ pub struct TapStatus {
     pub mode: &'static str,
     pub gap_cause: Option<&'static str>,
     pub copy_bytes_per_s: u64,
+    /// Writes that had to wait for room in the queue.
+    pub slowed_writes: u64,
+    /// What start and run found, for people.
+    pub notices: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -79,63 +129,338 @@ pub enum TapError {
 /// A running tap of one group: sequencer, encoder threads, spool, bitmap, copier.
 #[derive(Debug)]
 pub struct Tap {
-    _private: (),
+    core: Arc<TapCore>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    encoders: Mutex<Vec<JoinHandle<()>>>,
+    /// Given up by `stop`, so that the next tap can open what this one held.
+    stopped: Mutex<bool>,
+}
+
+/// How long `stop` waits for an encoder that does not move.
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Stable word for a cause, as `status` shows it.
+pub fn cause_word(cause: Cause) -> &'static str {
+    match cause {
+        Cause::FirstCopy => "first-copy",
+        Cause::UncleanStop => "unclean-stop",
+        Cause::SpoolFull => "spool-full",
+        Cause::SpoolFailed => "spool-failed",
+        Cause::EncoderStuck => "encoder-stuck",
+        Cause::BackingChanged => "backing-changed",
+        Cause::BackingError => "backing-error",
+        Cause::NoKey => "no-key",
+        Cause::Requested => "requested",
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TapError> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|error| TapError::State(format!("no thread can be started: {error}")))
 }
 
 impl Tap {
     /// Recovers state and spool, opens the backings exclusively, starts the threads and, where
     /// regions are dirty or were never copied, the copier. Serves at once.
     pub fn start(config: TapConfig) -> Result<Arc<Self>, TapError> {
-        let _ = config;
-        todo!()
+        let parts = TapParts::real(&config)?;
+        Self::start_with(config, parts)
+    }
+
+    /// As `start`, over media that the caller has opened.
+    #[allow(clippy::needless_pass_by_value)]
+    pub fn start_with(config: TapConfig, parts: TapParts) -> Result<Arc<Self>, TapError> {
+        let core = Arc::new(start::open(&config, &parts)?);
+        let tap = Arc::new(Self {
+            core: Arc::clone(&core),
+            threads: Mutex::default(),
+            encoders: Mutex::default(),
+            stopped: Mutex::new(false),
+        });
+        for number in 0..parts.encoder_threads.max(1) {
+            let core = Arc::clone(&core);
+            let run = move || core.pipeline.run(&core.queue);
+            tap.encoders.lock().push(spawn(&format!("tap-encode-{number}"), run)?);
+        }
+        let keeper = Arc::clone(&core);
+        tap.threads.lock().push(spawn("tap-keeper", move || keep(&keeper))?);
+        let interval = parts.checkpoint_interval;
+        let checkpointer = Arc::clone(&core);
+        let run = move || checkpoint_loop(&checkpointer, interval);
+        tap.threads.lock().push(spawn("tap-checkpoint", run)?);
+        tap.threads.lock().push(spawn("tap-copy", move || copier::run(&core))?);
+        Ok(tap)
     }
 
     pub fn device(&self, volume: VolumeIndex) -> Option<Arc<dyn BlockDevice>> {
-        let _ = volume;
-        todo!()
+        let slot = self.core.volumes.iter().position(|known| known.config.index == volume)?;
+        Some(Arc::new(TapDevice::new(Arc::clone(&self.core), slot)))
     }
 
     pub fn status(&self) -> TapStatus {
-        todo!()
+        let core = &self.core;
+        let dirty = core.volumes.iter().map(|volume| volume.intent.durable().count()).sum();
+        let end = core.pipeline.end();
+        let state = core.queue.lock();
+        TapStatus {
+            last_seq: Seq(state.next_seq - 1),
+            last_time: TimeUs(state.last_time),
+            spooled_seq: Seq(state.spooled),
+            writes: state.writes,
+            write_bytes: state.write_bytes,
+            reads: core.reads.load(Ordering::Relaxed),
+            read_bytes: core.read_bytes.load(Ordering::Relaxed),
+            flushes: core.flushes.load(Ordering::Relaxed),
+            frame_bytes: core.pipeline.frame_bytes(),
+            queue_bytes: state.queue_bytes(),
+            spool_bytes: end.total_bytes,
+            dirty_regions: dirty,
+            copy_regions_left: state.copy_left,
+            copy_regions_total: state.copy_total,
+            in_span: state.in_span.is_some(),
+            mode: match state.mode {
+                Mode::Recording => "recording",
+                Mode::ExtentsOnly => "extents-only",
+            },
+            gap_cause: state.gap.map(|gap| cause_word(gap.cause)),
+            copy_bytes_per_s: core.copy_bytes_per_s.load(Ordering::Relaxed),
+            slowed_writes: state.slowed,
+            notices: core.notices.lock().clone(),
+        }
     }
 
     /// State of the spool's newest end.
     pub fn log_end(&self) -> LogEnd {
-        todo!()
+        self.core.pipeline.end()
     }
 
     /// Waits until the log's end differs from `seen` or the time is over, and returns it.
     pub fn wait_log_end(&self, seen: &LogEnd, timeout_ms: u64) -> LogEnd {
-        let _ = (seen, timeout_ms);
-        todo!()
+        self.core.pipeline.wait_end(seen, Duration::from_millis(timeout_ms))
     }
 
     /// Records a bookmark; returns its position. It is in the spool when this returns.
     pub fn bookmark(&self, label: &str) -> Result<(Seq, TimeUs), TapError> {
-        let _ = label;
-        todo!()
+        if label.is_empty() || label.len() > LABEL_BYTES_MAX {
+            let text = format!("a label has 1 to {LABEL_BYTES_MAX} bytes");
+            return Err(TapError::State(text));
+        }
+        self.core.ensure_numbers();
+        let not_recording = "history is not being recorded; no bookmark can be placed";
+        let body = RecordBody::Bookmark { label: label.to_owned() };
+        let (seq, time) = self
+            .core
+            .queue
+            .place_control(body)
+            .ok_or_else(|| TapError::State(not_recording.to_owned()))?;
+        match self.core.queue.wait_spooled(seq) {
+            Ok(true) => Ok((seq, time)),
+            _ => Err(TapError::State(not_recording.to_owned())),
+        }
     }
 
-    /// Everything of the spool before `position` is durable at every target.
+    /// Everything of the spool before `position` is durable at every target. Returns the bytes
+    /// given back.
     pub fn release(&self, position: &LogPosition) -> Result<u64, TapError> {
-        let _ = position;
-        todo!()
+        let gap = self.core.queue.lock().mode == Mode::ExtentsOnly;
+        let trimmed = self.core.pipeline.with_writer(core::PATIENCE, |writer| {
+            // Only sealed segments are trimmed, and a full spool opens no new one by itself.
+            if gap {
+                writer.seal()?;
+            }
+            writer.trim(position)
+        });
+        self.core.housekeeper.ring();
+        match trimmed {
+            Some(outcome) => Ok(outcome?),
+            None => Err(TapError::State("the spool is busy or has failed".to_owned())),
+        }
     }
 
-    /// Starts a new incarnation whose seqs and times lie above what a target reports.
+    /// Starts a new incarnation whose seqs and times lie above what a target reports. It is in the
+    /// spool when this returns.
     pub fn new_incarnation(&self, above_seq: Seq, above_time: TimeUs) -> Result<(), TapError> {
-        let _ = (above_seq, above_time);
-        todo!()
+        let core = &self.core;
+        core.store_state(false, (above_seq, above_time), |_| {}).map_err(state_failed)?;
+        let seq = {
+            let mut state = core.queue.lock();
+            core.queue.raise(&mut state, above_seq, above_time);
+            if state.mode == Mode::ExtentsOnly {
+                // Recording resumes with a new incarnation in any case.
+                return Ok(());
+            }
+            if !core.queue.begin_incarnation(&mut state) {
+                return Err(TapError::State("the queue is full".to_owned()));
+            }
+            Seq(state.next_seq - 1)
+        };
+        match core.queue.wait_spooled(seq) {
+            Ok(true) => Ok(()),
+            _ => Err(TapError::State("history is not being recorded".to_owned())),
+        }
     }
 
     /// Copies a whole volume again in an inconsistent span (first copy, repair).
     pub fn copy_volume(&self, volume: VolumeIndex) -> Result<(), TapError> {
-        let _ = volume;
-        todo!()
+        let core = &self.core;
+        let slot = core.volumes.iter().position(|known| known.config.index == volume);
+        let slot = slot.ok_or_else(|| TapError::State(format!("no volume {}", volume.0)))?;
+        let intent = &core.volumes[slot].intent;
+        intent.dirty_all().map_err(state_failed)?;
+        let _turn = core.span_turn.lock();
+        core.store_state(false, (Seq(0), TimeUs(0)), |keeper| {
+            keeper.span = keeper.span.or(Some(Cause::Requested));
+        })
+        .map_err(state_failed)?;
+        let mut state = core.queue.lock();
+        core.queue.mark_regions(&mut state, slot, 0, intent.durable().bits());
+        if state.mode == Mode::Recording && state.in_span.is_none() {
+            core.queue.begin_span(&mut state, Cause::Requested);
+        }
+        drop(state);
+        core.copier.ring();
+        Ok(())
     }
 
     /// Stops: drains, makes durable, leaves the clean marker. Further requests fail.
     pub fn stop(&self) -> Result<(), TapError> {
-        todo!()
+        let mut stopped = self.stopped.lock();
+        if *stopped {
+            return Ok(());
+        }
+        *stopped = true;
+        let outcome = self.stop_cleanly();
+        self.end();
+        outcome
+    }
+
+    fn stop_cleanly(&self) -> Result<(), TapError> {
+        let core = &self.core;
+        core.stopping.store(true, Ordering::SeqCst);
+        core.housekeeper.ring();
+        core.copier.ring();
+        core.checkpointer.ring();
+        for thread in self.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                return Err(TapError::State("a thread of the tap had failed".to_owned()));
+            }
+        }
+        core.grace.wait(|| false);
+        core.ensure_numbers();
+        let durable = core.checkpoint();
+        core.queue.close();
+        if !self.join_encoders() {
+            return Err(TapError::State("the encoder does not move".to_owned()));
+        }
+        let sealed = core.pipeline.with_writer(core::PATIENCE, crate::log::LogWriter::seal);
+        if let Some(Err(error)) = sealed {
+            return Err(error.into());
+        }
+        if !durable {
+            // Local data must be durable all the same; what history misses is marked dirty.
+            for volume in &core.volumes {
+                if volume.sync().is_err() {
+                    return Err(TapError::State("a backing could not be made durable".to_owned()));
+                }
+            }
+        }
+        self.leave_clean_marker(durable)
+    }
+
+    fn leave_clean_marker(&self, durable: bool) -> Result<(), TapError> {
+        let core = &self.core;
+        if !durable && core.queue.lock().mode == Mode::Recording {
+            return Err(TapError::State("the spool could not be made durable".to_owned()));
+        }
+        for volume in &core.volumes {
+            if volume.intent.failed() {
+                return Err(TapError::State("a write-intent bitmap has failed".to_owned()));
+            }
+            let identity = volume.backing.identity().map_err(state_failed)?;
+            volume
+                .intent
+                .update_header(|header| {
+                    header.clean = true;
+                    header.identity = identity;
+                })
+                .map_err(state_failed)?;
+        }
+        core.store_state(true, (Seq(0), TimeUs(0)), |_| {}).map_err(state_failed)
+    }
+
+    fn join_encoders(&self) -> bool {
+        let deadline = Instant::now() + STOP_PATIENCE;
+        let mut encoders = self.encoders.lock();
+        while encoders.iter().any(|thread| !thread.is_finished()) {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        encoders.drain(..).all(|thread| thread.join().is_ok())
+    }
+
+    /// Ends all threads and lets go of the spool; what was not done stays undone, as in a crash.
+    fn end(&self) {
+        let core = &self.core;
+        core.stopping.store(true, Ordering::SeqCst);
+        core.queue.abandon();
+        core.pipeline.wake();
+        core.housekeeper.ring();
+        core.copier.ring();
+        core.checkpointer.ring();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let mut threads: Vec<_> = self.threads.lock().drain(..).collect();
+        threads.append(&mut self.encoders.lock());
+        for thread in threads {
+            // One that hangs in the kernel is left behind: it finds the queue abandoned.
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if thread.is_finished() && thread.join().is_err() {
+                core.notice("a thread of the tap had failed".to_owned());
+            }
+        }
+        let none = || Ok::<_, std::convert::Infallible>(None);
+        core.pipeline.replace_writer(Duration::from_secs(1), none);
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if !*self.stopped.lock() {
+            self.end();
+        }
+    }
+}
+
+fn state_failed(source: std::io::Error) -> TapError {
+    TapError::State(format!("the tap's state could not be written: {source}"))
+}
+
+/// Keeps clock, reserved numbers and recording going.
+fn keep(core: &TapCore) {
+    while !core.is_stopping() {
+        let recording = core.queue.lock().mode == Mode::Recording;
+        core.housekeeper.wait(Duration::from_millis(if recording { 1000 } else { 200 }));
+        if core.is_stopping() {
+            return;
+        }
+        core.correct_clock();
+        core.renew_limits();
+        core.try_resume();
+        core.open_missing_span();
+    }
+}
+
+fn checkpoint_loop(core: &TapCore, interval: Duration) {
+    while !core.is_stopping() {
+        core.checkpointer.wait(interval);
+        let due = core.queue.last_seq().0 != core.checkpointed.load(Ordering::SeqCst);
+        if due && !core.is_stopping() {
+            core.checkpoint();
+        }
     }
 }
