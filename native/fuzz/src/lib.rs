@@ -1,0 +1,3 @@
+//! What the fuzz targets run. `native/core/tests/fuzz_harness.rs` runs the same without libFuzzer.
+
+pub mod harness;
