@@ -84,6 +84,8 @@ impl Sealing {
     }
 }
 
+// Independent facts, not states of one machine.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Debug, Default)]
 pub(super) struct Inner {
     /// As it will be when all work is done, but for the segments in `sealing`.

@@ -15,6 +15,7 @@
 //! behind the last whole frame in a new segment (journal). A bad frame below what was known durable
 //! is damage: reported with its place, never cut.
 
+use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,9 +28,11 @@ use crate::types::{FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
 mod admit;
 mod catalog;
 mod events;
+mod held;
 pub mod names;
 mod reader;
 mod recovery;
+mod sync;
 pub mod synced;
 mod verify;
 mod walk;
@@ -42,8 +45,9 @@ mod tests;
 
 pub use names::SegmentId;
 pub use reader::{Batch, LogReader};
+pub use sync::SyncHandle;
 pub use verify::{Finding, verify};
-pub use writer::{LogWriter, SyncHandle};
+pub use writer::LogWriter;
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -174,7 +178,12 @@ struct Home {
 
 /// A digest as the manifest writes it.
 fn digest_hex(digest: &Digest) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::with_capacity(2 * digest.len());
+    for byte in digest {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 /// A digest of the manifest; its parser has checked that it is 64 hex digits.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::names::{SegmentId, SegmentState};
 use super::recovery::{damaged, list_segments};
-use super::walk::read_header;
+use super::walk::{find_header, read_header};
 use super::{Home, LogEnd, LogError, LogPosition};
 use crate::format::FormatError;
 use crate::format::frame::{FRAME_HEADER_LEN, FrameHeader, verify_body};
@@ -246,7 +246,8 @@ impl LogReader {
         Ok(true)
     }
 
-    /// Steps over the frames before the wanted one.
+    /// Steps over the frames before the wanted one; over a damaged header to the next frame, wanted
+    /// or later, that can be told from the bytes.
     fn skip_to(&mut self, ordinal: u32, next_frame: FrameNo, end: &LogEnd) -> Result<(), LogError> {
         let Some(current) = self.current.as_mut().filter(|at| at.id.ordinal == ordinal) else {
             return Ok(());
@@ -258,10 +259,19 @@ impl LogReader {
                 .file
                 .read_at(&mut bytes, current.offset)
                 .map_err(LogError::io("reading a segment"))?;
-            let header = check_header(current, &bytes[..read])
-                .map_err(|error| damaged(&current.name, current.offset, error))?;
-            current.offset += header.frame_len() as u64;
-            current.next_frame.0 += 1;
+            if let Ok(header) = check_header(current, &bytes[..read]) {
+                current.offset += header.frame_len() as u64;
+                current.next_frame.0 += 1;
+                continue;
+            }
+            let incarnation = current.header.incarnation;
+            let mut found = next_frame;
+            let offset = find_header(&*current.file, current.offset, stop, &mut |header, _| {
+                found = header.frame_no;
+                Ok(header.incarnation == incarnation && header.frame_no >= next_frame)
+            })?;
+            current.offset = offset.unwrap_or(stop);
+            current.next_frame = if offset.is_some() { found } else { next_frame };
         }
         Ok(())
     }

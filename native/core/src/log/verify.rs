@@ -7,7 +7,7 @@ use super::names::{self, SegmentId, SegmentState};
 use super::recovery::{list_segments, read_manifest};
 use super::{Home, LogError, synced, walk};
 use crate::format::FormatError;
-use crate::format::manifest::SegmentEntry;
+use crate::format::manifest::{Manifest, SegmentEntry};
 use crate::storage::Directory;
 use crate::types::GroupId;
 
@@ -60,7 +60,7 @@ pub fn verify(directory: &Arc<dyn Directory>, group: GroupId) -> Result<Vec<Find
         Ok(manifest) => manifest.unwrap_or_default(),
         Err(error) => {
             findings.push(finding(names::MANIFEST, 0, error));
-            Default::default()
+            Manifest::default()
         }
     };
     let note = synced::read(&**directory).map_err(LogError::io("reading what is durable"))?;

@@ -222,40 +222,22 @@ impl Walker<'_> {
 
     /// Finds the next place behind `from` where a whole later frame of this segment lies.
     fn scan(&mut self, from: u64) -> Result<Option<u64>, LogError> {
+        let (file, file_len) = (self.file, self.file_len);
         let due = self.expected.frame_no;
-        let mut start = from;
-        while start + FRAME_HEADER_LEN as u64 <= self.file_len {
-            let mut window = vec![0; SCAN_BYTES];
-            let read = self
-                .file
-                .read_at(&mut window, start)
-                .map_err(LogError::io("reading a segment"))?;
-            let window = &window[..read];
-            for at in 0..window.len().saturating_sub(FRAME_HEADER_LEN - 1) {
-                if !window[at..].starts_with(&FRAME_MAGIC) {
-                    continue;
-                }
-                let Ok(header) = FrameHeader::parse(&window[at..]) else {
-                    continue;
-                };
-                if header.frame_no <= due || header.incarnation != self.walk.header.incarnation {
-                    continue;
-                }
-                self.expected.frame_no = header.frame_no;
-                self.expected.prev = None;
-                let offset = start + at as u64;
-                if matches!(self.frame_at(offset)?, Found::Good(_)) {
-                    // `frame_at` has noted its events; the walk comes by here again.
-                    self.walk
-                        .events
-                        .retain(|event| event.seq < header.first_seq.0);
-                    return Ok(Some(offset));
-                }
+        let incarnation = self.walk.header.incarnation;
+        find_header(file, from, file_len, &mut |header, offset| {
+            if header.frame_no <= due || header.incarnation != incarnation {
+                return Ok(false);
             }
-            // Windows overlap, so that no header is missed at a border.
-            start += (SCAN_BYTES - FRAME_HEADER_LEN + 1) as u64;
-        }
-        Ok(None)
+            self.expected.frame_no = header.frame_no;
+            self.expected.prev = None;
+            let good = matches!(self.frame_at(offset)?, Found::Good(_));
+            // `frame_at` has noted its events; the walk comes by here again.
+            self.walk
+                .events
+                .retain(|event| event.seq < header.first_seq.0);
+            Ok(good)
+        })
     }
 
     fn run(&mut self, known_len: u64) -> Result<(), LogError> {
@@ -289,6 +271,37 @@ impl Walker<'_> {
         }
         Ok(())
     }
+}
+
+/// Finds the first offset in `[from, to)` where a frame header lies that `accept` takes.
+pub(super) fn find_header(
+    file: &dyn File,
+    from: u64,
+    to: u64,
+    accept: &mut dyn FnMut(&FrameHeader, u64) -> Result<bool, LogError>,
+) -> Result<Option<u64>, LogError> {
+    let mut start = from;
+    let mut buffer = vec![0; SCAN_BYTES];
+    while start + FRAME_HEADER_LEN as u64 <= to {
+        let length = usize::try_from(to - start)
+            .unwrap_or(SCAN_BYTES)
+            .min(SCAN_BYTES);
+        let read = file
+            .read_at(&mut buffer[..length], start)
+            .map_err(LogError::io("reading a segment"))?;
+        let window = &buffer[..read];
+        for at in 0..window.len().saturating_sub(FRAME_HEADER_LEN - 1) {
+            if window[at..].starts_with(&FRAME_MAGIC)
+                && let Ok(header) = FrameHeader::parse(&window[at..])
+                && accept(&header, start + at as u64)?
+            {
+                return Ok(Some(start + at as u64));
+            }
+        }
+        // Windows overlap, so that no header is missed at a border.
+        start += (SCAN_BYTES - FRAME_HEADER_LEN + 1) as u64;
+    }
+    Ok(None)
 }
 
 /// Walks a segment. The outer error is I/O or a foreign group, the inner a header that is none.

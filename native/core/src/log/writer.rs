@@ -11,21 +11,22 @@ use super::admit::{Admitted, Chain, Recent, admit};
 use super::catalog::{Catalog, Sealing, SegmentFile};
 use super::names::{self, SegmentId, SegmentState};
 use super::recovery::{incarnation_entry, recover};
+use super::sync::SyncHandle;
 use super::synced::SyncedFile;
 use super::{
     Home, LogEnd, LogError, LogOptions, LogPosition, RecoveryReport, digest_hex, digest_of, events,
 };
-use crate::format::frame::{Digest, FRAME_HEADER_LEN, FrameHeader, frame_digest};
+use crate::format::frame::{Digest, FrameHeader};
 use crate::format::manifest::{EventEntry, Manifest, SegmentEntry};
 use crate::format::segment::{SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::storage::{Directory, File, is_full};
-use crate::types::{FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
+use crate::storage::{Directory, is_full};
+use crate::types::{FrameNo, Generation, GroupId, Seq, TimeUs};
 
 /// The segment that grows. Its entry is complete but for the digest.
 #[derive(Debug)]
-struct OpenSegment {
-    file: Arc<SegmentFile>,
-    entry: SegmentEntry,
+pub(super) struct OpenSegment {
+    pub file: Arc<SegmentFile>,
+    pub entry: SegmentEntry,
     last_digest: Digest,
     events: Vec<EventEntry>,
     since: Instant,
@@ -34,44 +35,15 @@ struct OpenSegment {
 /// The one writer of a log. Dropped without `seal`, it leaves what a killed process leaves.
 #[derive(Debug)]
 pub struct LogWriter {
-    catalog: Arc<Catalog>,
+    pub(super) catalog: Arc<Catalog>,
     options: LogOptions,
     promised: Generation,
-    chain: Option<Chain>,
+    pub(super) chain: Option<Chain>,
     recent: Recent,
-    open: Option<OpenSegment>,
-    end: LogEnd,
+    pub(super) open: Option<OpenSegment>,
+    pub(super) end: LogEnd,
     sealer: Option<JoinHandle<()>>,
     _lock: Box<dyn Send + Sync + Debug>,
-}
-
-/// See [`LogWriter::sync_handle`].
-#[derive(Debug)]
-pub struct SyncHandle {
-    catalog: Arc<Catalog>,
-    /// Files that may hold data that is not durable, oldest first, and their lengths.
-    files: Vec<(Arc<SegmentFile>, u64)>,
-    end: LogEnd,
-}
-
-impl SyncHandle {
-    /// Position that is durable once `sync` has returned.
-    pub fn end(&self) -> &LogEnd {
-        &self.end
-    }
-
-    /// Makes it durable. An error poisons the log: what was not durable may be gone.
-    pub fn sync(&self) -> Result<(), LogError> {
-        self.catalog.check()?;
-        // Oldest first, and the note last: nothing is called durable before all that precedes it.
-        for (file, length) in &self.files {
-            self.catalog.sync_segment(file, *length)?;
-        }
-        match self.files.last() {
-            Some((file, length)) => self.catalog.note_synced(file, *length),
-            None => Ok(()),
-        }
-    }
 }
 
 fn end_of(manifest: &Manifest) -> LogEnd {
@@ -172,42 +144,6 @@ impl LogWriter {
             .map_or(FrameNo(0), |chain| chain.next_frame)
     }
 
-    /// State of an incarnation of which frames are held.
-    fn held_chain(&self, header: &SegmentHeader) -> Option<Chain> {
-        let id = header.incarnation.to_string();
-        let inner = self.catalog.inner.lock();
-        let open = self.open.as_ref().filter(|open| open.entry.records > 0);
-        let waiting = inner
-            .sealing
-            .iter()
-            .map(|sealing| &sealing.file.incarnation);
-        let mut incarnations = (inner.manifest.incarnations.iter())
-            .chain(waiting)
-            .chain(open.map(|open| &open.file.incarnation));
-        let ordinal = incarnations.find(|known| known.id == id)?.ordinal;
-        let waiting = inner.sealing.iter().map(|sealing| &sealing.entry);
-        let mut entries = (inner.manifest.segments.iter())
-            .chain(waiting)
-            .chain(open.map(|open| &open.entry))
-            .filter(|entry| entry.ordinal == ordinal);
-        let first = entries.next()?;
-        let last = entries.last().unwrap_or(first);
-        let newest = ordinal == self.end.ordinal;
-        let last_digest = if newest {
-            self.end.last_digest
-        } else {
-            digest_of(&last.last_digest)
-        };
-        Some(Chain {
-            header: header.clone(),
-            ordinal,
-            base: FrameNo(first.first_frame),
-            next_frame: FrameNo(last.last_frame.saturating_add(1)),
-            last_digest: Some(last_digest),
-            closed: !newest,
-        })
-    }
-
     /// Announces an incarnation (idempotent); frames of it may follow. Seals the open segment of
     /// another one. `header.first_frame` is the frame that will come first.
     ///
@@ -277,58 +213,6 @@ impl LogWriter {
             closed: false,
         });
         Ok(())
-    }
-
-    /// The header under which frames of an incarnation are held.
-    fn known_header(&self, chain: &Chain) -> Result<Option<SegmentHeader>, LogError> {
-        if self
-            .chain
-            .as_ref()
-            .is_some_and(|current| current.is(chain.header.incarnation))
-        {
-            return Ok(self.chain.as_ref().map(|current| current.header.clone()));
-        }
-        let last = FrameNo(chain.next_frame.0.saturating_sub(1));
-        let Some((_, file)) = self.segment_with(chain, last)? else {
-            return Ok(None);
-        };
-        let mut bytes = [0; SEGMENT_HEADER_LEN];
-        let read = file
-            .read_at(&mut bytes, 0)
-            .map_err(LogError::io("reading a segment"))?;
-        Ok(SegmentHeader::parse(&bytes[..read]).ok())
-    }
-
-    /// Whether a new incarnation continues what is held.
-    fn check_parent(&self, header: &SegmentHeader) -> Result<(), LogError> {
-        if self.end.last_frame.is_some() && header.first_frame.0 != 0 {
-            let (expected, found) = (FrameNo(0), header.first_frame);
-            return Err(LogError::OutOfOrder { expected, found });
-        }
-        let Some(parent) = header.parent else {
-            return Ok(());
-        };
-        let parent_header = SegmentHeader {
-            incarnation: parent.incarnation,
-            ..header.clone()
-        };
-        let current = self
-            .chain
-            .as_ref()
-            .filter(|chain| chain.is(parent.incarnation));
-        let Some(chain) = current.cloned().or_else(|| self.held_chain(&parent_header)) else {
-            return Ok(());
-        };
-        if parent.frame_no >= chain.next_frame {
-            let (expected, found) = (chain.next_frame, FrameNo(parent.frame_no.0 + 1));
-            return Err(LogError::OutOfOrder { expected, found });
-        }
-        match self.held_digest(&chain, parent.frame_no, &mut None)? {
-            Some(digest) if digest != parent.digest => Err(LogError::Conflict {
-                frame: parent.frame_no,
-            }),
-            _ => Ok(()),
-        }
     }
 
     /// Hands over the open segment when another incarnation begins. If the new one's header does
@@ -692,87 +576,6 @@ impl LogWriter {
             events::publish(&mut manifest, open.events.clone());
         }
         manifest
-    }
-
-    /// The segment that holds a frame of an incarnation: its length and file.
-    fn segment_with(
-        &self,
-        chain: &Chain,
-        frame: FrameNo,
-    ) -> Result<Option<(u64, Arc<dyn File>)>, LogError> {
-        let holds = |entry: &SegmentEntry| {
-            entry.ordinal == chain.ordinal
-                && (entry.first_frame..=entry.last_frame).contains(&frame.0)
-        };
-        if let Some(open) = self.open.as_ref().filter(|open| holds(&open.entry)) {
-            return Ok(Some((open.entry.bytes, Arc::clone(&open.file.file))));
-        }
-        let name = {
-            let inner = self.catalog.inner.lock();
-            if let Some(found) = inner.sealing.iter().find(|sealing| holds(&sealing.entry)) {
-                return Ok(Some((found.entry.bytes, Arc::clone(&found.file.file))));
-            }
-            let found = inner.manifest.segments.iter().find(|entry| holds(entry));
-            let Some(entry) = found else { return Ok(None) };
-            (names::sealed_name(entry), entry.bytes)
-        };
-        match self.catalog.home.directory.open(&name.0, false) {
-            Ok(file) => Ok(Some((name.1, file))),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(LogError::io("opening a segment")(error)),
-        }
-    }
-
-    /// Digest of a frame that is held, read from its segment; `None` if it was trimmed. `cursor`
-    /// lets a run of frames be found in one pass.
-    fn held_digest(
-        &self,
-        chain: &Chain,
-        frame: FrameNo,
-        cursor: &mut Option<Cursor>,
-    ) -> Result<Option<Digest>, LogError> {
-        if cursor
-            .as_ref()
-            .is_none_or(|at| at.next > frame || at.offset >= at.length)
-        {
-            let Some((length, file)) = self.segment_with(chain, frame)? else {
-                return Ok(None);
-            };
-            let offset = SEGMENT_HEADER_LEN as u64;
-            *cursor = Some(Cursor {
-                file,
-                length,
-                next: FrameNo(0),
-                offset,
-            });
-        }
-        let Some(at) = cursor else { return Ok(None) };
-        let mut bytes = [0; FRAME_HEADER_LEN];
-        while at.offset < at.length {
-            let read = at.file.read_at(&mut bytes, at.offset);
-            let read = read.map_err(LogError::io("reading a segment"))?;
-            let header = FrameHeader::parse(&bytes[..read])?;
-            at.offset += header.frame_len() as u64;
-            at.next = FrameNo(header.frame_no.0.saturating_add(1));
-            if header.frame_no == frame {
-                return Ok(Some(frame_digest(&bytes)));
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// Where `held_digest` has come to in a segment.
-struct Cursor {
-    file: Arc<dyn File>,
-    length: u64,
-    next: FrameNo,
-    offset: u64,
-}
-
-impl Chain {
-    fn is(&self, incarnation: IncarnationId) -> bool {
-        self.header.incarnation == incarnation
     }
 }
 

@@ -37,7 +37,11 @@ enum Change {
 #[derive(Debug, Clone)]
 enum NameChange {
     Link(String, NodeId),
-    Rename(String, String),
+    Rename {
+        from: String,
+        to: String,
+        node: NodeId,
+    },
     Remove(String),
 }
 
@@ -123,11 +127,12 @@ fn change_names(names: &mut BTreeMap<String, NodeId>, change: &NameChange) {
         NameChange::Link(name, node) => {
             names.insert(name.clone(), *node);
         }
-        NameChange::Rename(from, to) => {
-            // The creation of `from` may itself have been lost.
-            if let Some(node) = names.remove(from) {
-                names.insert(to.clone(), node);
+        NameChange::Rename { from, to, node } => {
+            // The creation of `from` may itself have been lost; then only the new name is there.
+            if names.get(from) == Some(node) {
+                names.remove(from);
             }
+            names.insert(to.clone(), *node);
         }
         NameChange::Remove(name) => {
             names.remove(name);
@@ -350,10 +355,9 @@ impl Directory for MemoryDirectory {
         check_name(to)?;
         let mut state = self.state.lock();
         state.check_epoch(self.epoch)?;
-        if !state.names.contains_key(from) {
-            return Err(not_found());
-        }
-        state.change_names(NameChange::Rename(from.to_owned(), to.to_owned()));
+        let node = *state.names.get(from).ok_or_else(not_found)?;
+        let (from, to) = (from.to_owned(), to.to_owned());
+        state.change_names(NameChange::Rename { from, to, node });
         Ok(())
     }
 

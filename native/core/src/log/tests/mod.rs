@@ -3,11 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::testing::{GROUP, split};
+pub(super) use super::testing::GROUP;
+use super::testing::split;
 use super::{LogEnd, LogError, LogOptions, LogPosition, LogReader, LogWriter, RecoveryReport};
 use crate::storage::Directory;
 
 mod basics;
+mod crash;
+mod damage;
+mod refuse;
+mod space;
 
 /// Small segments, sealed by the caller: every run does the same operations in the same order.
 pub(super) const INLINE: LogOptions = LogOptions {
