@@ -3,12 +3,14 @@
 from typing import final
 
 VERSION: str
-BUILD: str
 
 class NativeError(Exception):
     """A failure: args are (code, message, hint)."""
 
     args: tuple[str, str, str]
+
+class PanicException(BaseException):
+    """A defect of native code; the object it came from is not used any more."""
 
 @final
 class LogEnd:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ebbtide import _native
+from ebbtide.errors import InternalError
 from ebbtide.rpc.failure import from_native
 
 if TYPE_CHECKING:
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _defect(panic: BaseException) -> InternalError:
+    return InternalError(
+        f"native code failed: {panic}", hint="this is a defect; the agent's log has the details"
+    )
 
 
 class NativeThread:
@@ -33,6 +40,8 @@ class NativeThread:
             )
         except _native.NativeError as error:
             raise from_native(error) from None
+        except _native.PanicException as panic:
+            raise _defect(panic) from None
 
     def close(self) -> None:
         """Let what is running end; take nothing more."""
@@ -45,3 +54,5 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         return await asyncio.to_thread(function, *args, **kwargs)
     except _native.NativeError as error:
         raise from_native(error) from None
+    except _native.PanicException as panic:
+        raise _defect(panic) from None

@@ -117,6 +117,8 @@ class Shipper:
         self._moved = asyncio.Event()
         self._pending_since_us = 0
         self._start: tuple[bytes, int] | None = None
+        #: Seq and time of the newest record that the target held when it was last greeted.
+        self._target_end = (0, 0)
         self._read_bytes: int | None = None
         self._durable: tuple[bytes, int] | None = None
         self._releasable = asyncio.Event()
@@ -275,6 +277,7 @@ class Shipper:
 
     async def _open(self, welcome: pb.Welcome) -> _native.LogReader:
         """A reader at the place to go on from, after what the two ends compare."""
+        self._target_end = (welcome.last_seq, welcome.last_time_us)
         if welcome.last_seq < self._record.durable_seq:
             await self._start_anew(
                 f"{self.peer} holds history up to seq {welcome.last_seq}, but had acknowledged "
@@ -305,7 +308,10 @@ class Shipper:
         self._note(f"{reason}; a new incarnation begins and all volumes are copied again")
         try:
             await self._tap.copy_volumes()
-            await self._tap.new_incarnation(0, 0)
+            # Twice: the parent of the second is one of which the target never saw a frame, so that
+            # nothing is missing between what it holds and where we go on.
+            await self._tap.new_incarnation(*self._target_end)
+            await self._tap.new_incarnation(*self._target_end)
         except (EbbError, TimeoutError) as error:
             self._log.error("cannot start anew", error=str(error))
             return False
@@ -376,7 +382,8 @@ class Shipper:
         moved.set()
         if not answer.HasField("durable"):
             return
-        self._start = None
+        if self._start is not None and answer.durable.incarnation == self._start[0]:
+            self._start = None
         position = (answer.durable.incarnation, answer.durable.next_frame)
         self._record.durable_incarnation = position[0].hex()
         self._record.durable_next_frame = position[1]

@@ -121,7 +121,7 @@ def _check_target(wanted: api.RestoreVolume) -> bool:
         raise UsageError(f"{path} is neither a file nor a block device")
     if not wanted.overwrite:
         raise RefusedError(
-            f"{path} exists", code="exists", hint="--overwrite replaces what it holds"
+            f"{path} exists", code="exists", hint="--force overwrites it"
         )
     if not os.access(path, os.W_OK):
         raise PrivilegeError(f"{path} cannot be written", hint="run the agent as root")

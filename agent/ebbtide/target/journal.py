@@ -181,7 +181,7 @@ class GroupJournal:
         try:
             return await self._appender.call(work)
         except EbbError as error:
-            if error.code in {"io", "poisoned"}:
+            if error.code in {"io", "poisoned", "internal"}:
                 self._break(error)
             raise
 

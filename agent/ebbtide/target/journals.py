@@ -194,8 +194,9 @@ class TargetGroups:
             del self._state.value.targets[record.group]
             raise
         group = await self._open(record)
-        if group.journal.failure is not None:
-            raise group.journal.failure
+        if failure := group.journal.failure:
+            await self._forget(group)
+            raise failure
         self._log.info("takes history", group=record.name, source=peer)
         return pb.OfferResult(free_bytes=free)
 
@@ -212,11 +213,16 @@ class TargetGroups:
                     code="in-use",
                     hint="close them first: 'ebb view list'",
                 )
-            await group.cut_off()
-            await group.journal.close()
-            del self._groups[record.group]
-            del self._state.value.targets[record.group]
-            await self._state.save()
-            await asyncio.to_thread(shutil.rmtree, record.journal_dir, ignore_errors=True)
+            await self._forget(group)
             self._log.info("history dropped", group=record.name)
             return record.journal_dir
+
+    async def _forget(self, group: TargetGroup) -> None:
+        """Remove the group and its journal. The record goes first: a crash leaves a directory."""
+        record = group.record
+        await group.cut_off()
+        await group.journal.close()
+        del self._groups[record.group]
+        del self._state.value.targets[record.group]
+        await self._state.save()
+        await asyncio.to_thread(shutil.rmtree, record.journal_dir, ignore_errors=True)

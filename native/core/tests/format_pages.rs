@@ -22,8 +22,11 @@ const LAYOUTS: &[(&str, &str, &[Field])] = &[
     ("manifest.md", "Header", manifest::LAYOUT),
 ];
 
+/// Numbers by name.
+type Values = &'static [(&'static str, u64)];
+
 /// Page, heading above the table, named numbers in the code.
-const VALUES: &[(&str, &str, &[(&str, u64)])] = &[
+const VALUES: &[(&str, &str, Values)] = &[
     ("frame.md", "Flags", frame::FLAG_VALUES),
     ("frame.md", "Suites", crypto::SUITE_VALUES),
     ("frame.md", "Limits", frame::LIMIT_VALUES),

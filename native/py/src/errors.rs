@@ -10,6 +10,7 @@ use ebbtide_core::crypto::CryptoError;
 use ebbtide_core::format::FormatError;
 use ebbtide_core::index::HistoryError;
 use ebbtide_core::log::LogError;
+use ebbtide_core::server::LoopError;
 use pyo3::PyErr;
 use pyo3::exceptions::PyException;
 
@@ -95,7 +96,8 @@ impl Failure for LogError {
             Self::BrokenChain { .. } => "broken-chain",
             Self::BelowFloor { .. } => "below-floor",
             Self::Conflict { .. } => "conflict",
-            Self::SeqReused { .. } => "seq-reused",
+            Self::SeqReused { .. } | Self::TimeReused { .. } => "seq-reused",
+            Self::IncarnationConflict(_) | Self::IncarnationClosed(_) => "conflict",
             _ => "internal",
         }
     }
@@ -137,6 +139,28 @@ impl Failure for HistoryError {
             }
             Self::InsideSpan { .. } => "leave out --exact to get the last consistent point before",
             Self::Empty => "wait until the first copy has reached the target: 'ebb status'",
+            _ => "",
+        }
+    }
+}
+
+impl Failure for LoopError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Io { source, .. } => io_code(source),
+            Self::Attached { .. } | Self::InUse { .. } => "in-use",
+            Self::NotAttached { .. } => "not-found",
+            Self::NoneFree => "limit",
+            Self::Program { .. } => "unsupported",
+            _ => "internal",
+        }
+    }
+
+    fn hint(&self) -> &'static str {
+        match self {
+            Self::InUse { .. } => "unmount it or end who uses it, then repeat",
+            Self::NoneFree => "detach one: 'losetup -a' lists them",
+            Self::Program { .. } => "install util-linux",
             _ => "",
         }
     }

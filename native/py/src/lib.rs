@@ -5,11 +5,15 @@ mod directory;
 mod errors;
 mod log;
 mod position;
+mod process;
 
+use pyo3::panic::PanicException;
 use pyo3::prelude::*;
 
 #[pymodule]
 mod _native {
+    use super::{Bound, PanicException, PyModule, PyModuleMethods, PyResult};
+
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -19,4 +23,12 @@ mod _native {
     use super::log::{PyBatch, PyJournal, PyLogReader, PySyncHandle};
     #[pymodule_export]
     use super::position::PyLogEnd;
+    #[pymodule_export]
+    use super::process::{holder_main, loop_attach, loop_detach};
+
+    /// What a panic of native code becomes.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("PanicException", module.py().get_type::<PanicException>())
+    }
 }

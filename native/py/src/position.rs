@@ -50,7 +50,7 @@ impl PyLogEnd {
 
     /// The same as an `ebbtide.v1.LogEnd` message.
     fn to_proto<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &end_to_message(&self.0).encode_to_vec())
+        PyBytes::new(py, &proto::LogEnd::from(&self.0).encode_to_vec())
     }
 
     /// Incarnation, 16 bytes, or None if the log is empty.
@@ -138,20 +138,4 @@ fn end_from_message(message: &proto::LogEnd) -> PyResult<LogEnd> {
         committed_len: message.committed_len,
         total_bytes: message.total_bytes,
     })
-}
-
-fn end_to_message(end: &LogEnd) -> proto::LogEnd {
-    proto::LogEnd {
-        incarnation: end.incarnation.map(|id| id.0.to_vec()).unwrap_or_default(),
-        ordinal: end.ordinal,
-        has_frame: end.last_frame.is_some(),
-        last_frame: end.last_frame.unwrap_or_default().0,
-        last_digest: end.last_digest.to_vec(),
-        last_seq: end.last_seq.0,
-        last_time_us: end.last_time.0,
-        has_open: end.open_first_frame.is_some(),
-        open_first_frame: end.open_first_frame.unwrap_or_default().0,
-        committed_len: end.committed_len,
-        total_bytes: end.total_bytes,
-    }
 }

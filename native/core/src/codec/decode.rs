@@ -176,7 +176,8 @@ impl Opener<'_> {
             let target = frame_no.0.checked_sub(reference.frames_back).map(FrameNo);
             let target = target.ok_or_else(|| error("refers to before the first frame"))?;
             for block in (0..u32::from(reference.blocks)).map(|at| reference.first_block + at) {
-                let of_cell = block / CELL_BLOCKS as u32;
+                let of_cell = u32::try_from(block as usize / CELL_BLOCKS);
+                let of_cell = of_cell.expect("invariant: a quotient of 32 bits");
                 if reference.frames_back == 0 && of_cell >= cell {
                     return Err(error("refers to itself or forward"));
                 }

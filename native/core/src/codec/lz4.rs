@@ -15,26 +15,25 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Most bytes of one call, either way; everything here is far below.
-const LEN_MAX: usize = 1 << 24;
+/// A length as C knows it. Cells and dictionaries are far below the limit.
+fn c_len(len: usize) -> c_int {
+    c_int::try_from(len).expect("invariant: LZ4 sees cells and dictionaries only")
+}
 
 /// Appends `src`, compressed, to `out`, unless that takes more than `len_max` bytes; then `out` is
 /// unchanged.
 pub(super) fn compress_append(src: &[u8], len_max: usize, out: &mut Vec<u8>) -> bool {
-    assert!(
-        src.len() <= LEN_MAX && len_max <= LEN_MAX,
-        "invariant: LZ4 sees cells only"
-    );
+    let (src_len, capacity) = (c_len(src.len()), c_len(len_max));
     out.reserve(len_max);
     let spare = out.spare_capacity_mut();
     // SAFETY: `src` is readable for its length, the spare capacity is writable for `len_max` bytes
-    // (reserved above), both lengths fit a C int, and LZ4 writes no further than the capacity.
+    // (reserved above), both lengths are those passed, and LZ4 writes no further than the capacity.
     let written = unsafe {
         lz4_sys::LZ4_compress_default(
             src.as_ptr().cast(),
             spare.as_mut_ptr().cast(),
-            src.len() as c_int,
-            len_max as c_int,
+            src_len,
+            capacity,
         )
     };
     // Zero or less: it did not fit.
@@ -50,20 +49,18 @@ pub(super) fn compress_append(src: &[u8], len_max: usize, out: &mut Vec<u8>) -> 
 /// Fills `out` from an LZ4 block and the dictionary that it was made with. False unless the block
 /// is well formed and holds exactly so many bytes; `out` is unspecified then.
 pub(super) fn decompress(block: &[u8], dict: &[u8], out: &mut [u8]) -> bool {
-    if block.len() > LEN_MAX || dict.len() > LEN_MAX || out.len() > LEN_MAX {
-        return false;
-    }
-    // SAFETY: `block` and `dict` are readable and `out` is writable for their lengths, which fit a
-    // C int; `out` overlaps neither (it is borrowed mutably). The `safe` variant bounds its reads
+    let lens = (c_len(block.len()), c_len(out.len()), c_len(dict.len()));
+    // SAFETY: `block` and `dict` are readable and `out` is writable for the lengths that are
+    // passed; `out` overlaps neither (it is borrowed mutably). The `safe` variant bounds its reads
     // and writes whatever the block holds.
     let read = unsafe {
         LZ4_decompress_safe_usingDict(
             block.as_ptr().cast(),
             out.as_mut_ptr().cast(),
-            block.len() as c_int,
-            out.len() as c_int,
+            lens.0,
+            lens.1,
             dict.as_ptr().cast(),
-            dict.len() as c_int,
+            lens.2,
         )
     };
     usize::try_from(read) == Ok(out.len())
@@ -74,6 +71,8 @@ pub(super) mod reference {
     //! Compression with a dictionary, as the encoder that finds references will do it.
 
     use std::ffi::{c_char, c_int};
+
+    use super::c_len;
 
     unsafe extern "C" {
         fn LZ4_loadDict(
@@ -98,13 +97,13 @@ pub(super) mod reference {
         let written = unsafe {
             let stream = lz4_sys::LZ4_createStream();
             assert!(!stream.is_null());
-            LZ4_loadDict(stream, dict.as_ptr().cast(), dict.len() as c_int);
+            LZ4_loadDict(stream, dict.as_ptr().cast(), c_len(dict.len()));
             let written = LZ4_compress_fast_continue(
                 stream,
                 src.as_ptr().cast(),
                 out.as_mut_ptr().cast(),
-                src.len() as c_int,
-                out.len() as c_int,
+                c_len(src.len()),
+                c_len(out.len()),
                 1,
             );
             lz4_sys::LZ4_freeStream(stream);

@@ -8,10 +8,10 @@ pub const VARINT_LEN_MAX: usize = 10;
 /// Appends `value`, 7 bits a byte, lowest first; the top bit says that more follow.
 pub fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
-        out.push((value & 0x7f) as u8 | 0x80);
+        out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
     }
-    out.push(value as u8);
+    out.push(value.to_le_bytes()[0]);
 }
 
 /// Appends a signed value: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...

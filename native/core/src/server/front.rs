@@ -1,5 +1,6 @@
-//! The FUSE front end of a tap or view server: serves the mount of a holder, and outlives it.
+//! The front ends of a tap or view server: NBD, and FUSE on the mount of a holder.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,39 @@ use super::holder::HolderLink;
 use super::proto::HolderStatus;
 use crate::device::BlockDevice;
 use crate::fuse::FuseServer;
+use crate::nbd;
 
 /// INIT was sent when the holder mounted, so that it is answered at once.
 const INIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The NBD exports of named devices.
+pub(super) fn exports(devices: &[(String, Arc<dyn BlockDevice>)], group: &str) -> Vec<nbd::Export> {
+    let export = |(name, device): &(String, Arc<dyn BlockDevice>)| nbd::Export {
+        name: name.clone(),
+        description: format!("{group}/{name}"),
+        device: Arc::clone(device),
+    };
+    devices.iter().map(export).collect()
+}
+
+/// Listens where the launch message says. Returns the bound address of TCP.
+pub(super) fn listen_nbd(
+    server: &nbd::Server,
+    unix: &str,
+    tcp: Option<SocketAddr>,
+) -> Result<Option<SocketAddr>, Failure> {
+    if !unix.is_empty() {
+        server
+            .listen_unix(Path::new(unix))
+            .map_err(|error| Failure::io(&format!("serve NBD on {unix}"), &error))?;
+    }
+    tcp.map(|address| {
+        server
+            .listen_tcp(address)
+            .map_err(|error| Failure::io(&format!("serve NBD on {address}"), &error))
+    })
+    .transpose()
+}
 
 /// Named devices that can be served through a holder's mount.
 #[derive(Debug)]

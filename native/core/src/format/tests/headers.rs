@@ -231,10 +231,10 @@ fn values_beyond_the_limits_are_refused() {
         h.last_time.0 += 1 << 20;
     });
     refused("time runs backwards", &|h| {
-        h.last_time.0 = h.first_time.0 - 1
+        h.last_time.0 = h.first_time.0 - 1;
     });
     refused("two records at one time", &|h| {
-        h.last_time.0 = h.first_time.0 + 18
+        h.last_time.0 = h.first_time.0 + 18;
     });
     refused("too many blocks", &|h| {
         h.payload_blocks = u32::try_from(FRAME_BLOCKS_MAX).unwrap() + 1;
@@ -244,21 +244,21 @@ fn values_beyond_the_limits_are_refused() {
     refused("directory too long", &|h| h.directory_len = u32::MAX);
     refused("cells too long", &|h| h.cells_len = u32::MAX);
     refused("frame too long", &|h| {
-        h.table_len = u32::try_from(FRAME_BYTES_MAX).unwrap() - 10
+        h.table_len = u32::try_from(FRAME_BYTES_MAX).unwrap() - 10;
     });
     refused("table too short", &|h| h.table_len = 39);
     refused("directory too short", &|h| h.directory_len = 9);
     refused("directory without cells", &|h| {
-        (h.payload_blocks, h.cells_len) = (0, 0)
+        (h.payload_blocks, h.cells_len) = (0, 0);
     });
     refused("cells without payload", &|h| {
-        (h.payload_blocks, h.directory_len) = (0, 0)
+        (h.payload_blocks, h.directory_len) = (0, 0);
     });
     refused("cells longer than raw", &|h| h.cells_len = 17 * 4096 + 49);
     refused("cells too short", &|h| h.cells_len = 49);
     refused("floor above itself", &|h| h.ref_floor.0 = 6);
     refused("first frame with a predecessor", &|h| {
-        (h.frame_no.0, h.ref_floor.0) = (0, 0)
+        (h.frame_no.0, h.ref_floor.0) = (0, 0);
     });
 
     let refused = |name: &str, change: &dyn Fn(&mut SegmentHeader)| {
@@ -268,15 +268,15 @@ fn values_beyond_the_limits_are_refused() {
     };
     refused("suite 0", &|h| h.suite = 0);
     refused("incarnation 0", &|h| {
-        h.incarnation = IncarnationId::default()
+        h.incarnation = IncarnationId::default();
     });
     refused("frame number", &|h| h.first_frame.0 = 1 << 31);
     refused("seq 0", &|h| h.first_seq.0 = 0);
     refused("its own parent", &|h| {
-        h.parent.as_mut().unwrap().incarnation = h.incarnation
+        h.parent.as_mut().unwrap().incarnation = h.incarnation;
     });
     refused("parent 0", &|h| {
-        h.parent.as_mut().unwrap().incarnation = IncarnationId::default()
+        h.parent.as_mut().unwrap().incarnation = IncarnationId::default();
     });
 
     let refused = |name: &str, change: &dyn Fn(&mut Manifest)| {
@@ -310,7 +310,9 @@ fn the_frame_digest_covers_all_but_the_checksum() {
 fn a_body_must_be_whole_and_unchanged() {
     use crate::format::digest::sha256;
     let mut header = frame_header();
-    let body: Vec<u8> = (0..header.body_len()).map(|at| (at % 251) as u8).collect();
+    let body: Vec<u8> = (0..header.body_len())
+        .map(|at| u8::try_from(at % 251).unwrap())
+        .collect();
     header.body_digest = sha256(&body);
     header.table_digest = sha256(&body[..110]);
     assert_eq!(verify_body(&header, &body), Ok(()));

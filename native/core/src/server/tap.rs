@@ -1,0 +1,225 @@
+//! The tap server: a tap, its front ends, its control socket.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use prost::Message;
+use zeroize::Zeroize;
+
+use super::control::{Call, ControlServer, Handler, Reply, listen};
+use super::failure::Failure;
+use super::front::{FuseFront, exports, listen_nbd};
+use super::launch::{address, path, tap_config};
+use super::memory;
+use super::proto::request::Verb;
+use super::proto::response::Result as Outcome;
+use super::proto::{self, TapLaunch};
+use super::run::{Exit, Signals, finish, report_ready};
+use crate::constants::LABEL_BYTES_MAX;
+use crate::device::BlockDevice;
+use crate::log::{LogEnd, LogPosition};
+use crate::nbd;
+use crate::tap::Tap;
+use crate::types::{FrameNo, IncarnationId, Seq, TimeUs, VolumeIndex};
+
+/// Runs a tap server until it is told to stop. `launch` is an encoded `TapLaunch`.
+///
+/// Writes one length-prefixed `Response` on standard output when it serves or has failed, and
+/// returns the exit code. To be called on the main thread of a process with no other threads.
+pub fn tap_main(launch: &[u8]) -> i32 {
+    finish(run(launch))
+}
+
+fn run(launch: &[u8]) -> Result<(), Failure> {
+    let mut launch = TapLaunch::decode(launch)
+        .map_err(|error| Failure::usage(format!("the launch message is damaged: {error}")))?;
+    memory::forbid_core_files();
+    let signals = Signals::block()?;
+    // Before any thread starts: they inherit it.
+    let notices = memory::enter_write_back_path();
+    let config = tap_config(&launch);
+    launch.key.zeroize();
+    let config = config?;
+    let cache_bytes = config.cache_bytes as u64;
+    let tcp = address(&launch.nbd_tcp)?;
+    let socket = path("the control socket", &launch.control_socket)?;
+    // The socket first: it keeps a second tap server of this group from starting.
+    let listener = listen(socket)?;
+
+    let volumes = config.volumes.clone();
+    let tap = Tap::start(config)?;
+    let mut devices: Vec<(String, Arc<dyn BlockDevice>)> = Vec::with_capacity(volumes.len());
+    let mut shown = Vec::with_capacity(volumes.len());
+    for volume in &volumes {
+        let device = tap
+            .device(volume.index)
+            .ok_or_else(|| Failure::internal(format!("the tap has no volume {}", volume.name)))?;
+        shown.push(proto::VolumeStatus {
+            index: u32::from(volume.index.0),
+            name: volume.name.clone(),
+            size: device.info().size,
+            backing: volume.backing.to_string_lossy().into_owned(),
+        });
+        devices.push((volume.name.clone(), device));
+    }
+    let nbd = nbd::Server::new(exports(&devices, &launch.group_name));
+    let nbd_tcp = listen_nbd(&nbd, &launch.nbd_unix, tcp)?;
+    let exit = Exit::new()?;
+    let server = Arc::new(TapServer {
+        tap,
+        nbd,
+        nbd_tcp,
+        front: FuseFront::new(devices),
+        volumes: shown,
+        notices,
+        cache_bytes,
+        exit: exit.clone(),
+        stopped: Mutex::new(None),
+    });
+    let control = ControlServer::start(listener, socket, Arc::clone(&server) as _)
+        .map_err(|error| Failure::io("serve the control socket", &error))?;
+    report_ready(Outcome::TapStatus(server.status()));
+    signals.wait(&exit);
+    let result = server.stop();
+    control.stop();
+    result
+}
+
+#[derive(Debug)]
+struct TapServer {
+    tap: Arc<Tap>,
+    nbd: nbd::Server,
+    nbd_tcp: Option<SocketAddr>,
+    front: FuseFront,
+    volumes: Vec<proto::VolumeStatus>,
+    notices: Vec<String>,
+    cache_bytes: u64,
+    exit: Exit,
+    /// How stopping ended, once it has.
+    stopped: Mutex<Option<Result<(), Failure>>>,
+}
+
+impl TapServer {
+    fn status(&self) -> proto::TapStatus {
+        let status = self.tap.status();
+        let mountpoint = self.front.mountpoint();
+        let mut notices = self.notices.clone();
+        notices.extend(self.front.notice());
+        proto::TapStatus {
+            last_seq: status.last_seq.0,
+            last_time_us: status.last_time.0,
+            spooled_seq: status.spooled_seq.0,
+            writes: status.writes,
+            write_bytes: status.write_bytes,
+            reads: status.reads,
+            read_bytes: status.read_bytes,
+            flushes: status.flushes,
+            frame_bytes: status.frame_bytes,
+            queue_bytes: status.queue_bytes,
+            spool_bytes: status.spool_bytes,
+            dirty_regions: status.dirty_regions,
+            copy_regions_left: status.copy_regions_left,
+            copy_regions_total: status.copy_regions_total,
+            copy_bytes_per_s: status.copy_bytes_per_s,
+            in_span: status.in_span,
+            mode: status.mode.into(),
+            gap_cause: status.gap_cause.unwrap_or_default().into(),
+            clients: u32::try_from(self.nbd.clients()).unwrap_or(u32::MAX),
+            pid: std::process::id(),
+            log_end: Some((&self.tap.log_end()).into()),
+            nbd_tcp: self
+                .nbd_tcp
+                .map(|address| address.to_string())
+                .unwrap_or_default(),
+            fuse_attached: mountpoint.is_some(),
+            volumes: self.volumes.clone(),
+            notices,
+            fuse_mountpoint: mountpoint.unwrap_or_default(),
+            cache_bytes: self.cache_bytes,
+        }
+    }
+
+    /// Front ends first: what is not yet read from the FUSE mount then waits for the next tap
+    /// instead of failing. Repeating it tells how it ended.
+    fn stop(&self) -> Result<(), Failure> {
+        let mut stopped = self.stopped.lock();
+        stopped
+            .get_or_insert_with(|| {
+                self.front.stop();
+                self.nbd.stop();
+                self.tap.stop().map_err(Failure::from)
+            })
+            .clone()
+    }
+}
+
+impl Handler for TapServer {
+    fn handle(&self, call: Call) -> Result<Reply, Failure> {
+        match call.verb {
+            Verb::Status(_) => Ok(Reply::new(Outcome::TapStatus(self.status()))),
+            Verb::Bookmark(request) => {
+                if request.label.is_empty() || request.label.len() > LABEL_BYTES_MAX {
+                    return Err(Failure::usage(format!(
+                        "a bookmark's label has 1 to {LABEL_BYTES_MAX} bytes"
+                    )));
+                }
+                let (seq, time) = self.tap.bookmark(&request.label)?;
+                let placed = proto::BookmarkPlaced {
+                    seq: seq.0,
+                    time_us: time.0,
+                };
+                Ok(Reply::new(Outcome::Bookmark(placed)))
+            }
+            Verb::Release(request) => {
+                let incarnation = request.incarnation.as_slice().try_into();
+                let position = LogPosition {
+                    incarnation: IncarnationId(
+                        incarnation.map_err(|_| Failure::usage("an incarnation has 16 bytes"))?,
+                    ),
+                    next_frame: FrameNo(request.next_frame),
+                };
+                self.tap.release(&position)?;
+                Ok(Reply::done())
+            }
+            Verb::NewIncarnation(request) => {
+                let (seq, time) = (Seq(request.above_seq), TimeUs(request.above_time_us));
+                self.tap.new_incarnation(seq, time)?;
+                Ok(Reply::done())
+            }
+            Verb::CopyVolume(request) => {
+                let index = u16::try_from(request.volume).ok().map(VolumeIndex);
+                let index = index.filter(|index| self.tap.device(*index).is_some());
+                let missing = || {
+                    let message = format!("the group has no volume {}", request.volume);
+                    let exit = super::ExitCode::NotFound;
+                    Failure::new("not-found", exit, message, "ebb status lists the volumes")
+                };
+                self.tap.copy_volume(index.ok_or_else(missing)?)?;
+                Ok(Reply::done())
+            }
+            Verb::AttachFuse(request) => {
+                let status = self.front.attach(Path::new(&request.holder_socket))?;
+                Ok(Reply::new(Outcome::HolderStatus(status)))
+            }
+            Verb::Stop(_) => {
+                let mut reply = self.stop().map_or_else(Reply::from, |()| Reply::done());
+                let exit = self.exit.clone();
+                reply.then = Some(Box::new(move || exit.request()));
+                Ok(reply)
+            }
+            // Subscribe is the control socket's own affair.
+            Verb::Subscribe(_) | Verb::Holder(_) => {
+                Err(Failure::usage("a tap server does not know this verb"))
+            }
+        }
+    }
+
+    fn log_end(&self, seen: Option<&LogEnd>, timeout_ms: u64) -> Option<LogEnd> {
+        Some(match seen {
+            None => self.tap.log_end(),
+            Some(seen) => self.tap.wait_log_end(seen, timeout_ms),
+        })
+    }
+}

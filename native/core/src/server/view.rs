@@ -1,0 +1,208 @@
+//! The view server: a group as of a point, its front ends, its control socket.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use prost::Message;
+use zeroize::Zeroize;
+
+use super::control::{Call, ControlServer, Handler, Reply, listen};
+use super::failure::Failure;
+use super::front::{FuseFront, exports, listen_nbd};
+use super::launch::{address, group_id, group_key, log_end, path};
+use super::memory;
+use super::proto::request::Verb;
+use super::proto::response::Result as Outcome;
+use super::proto::view_launch::Point as Asked;
+use super::proto::{self, ViewLaunch};
+use super::run::{Exit, Signals, finish, report_ready};
+use crate::constants::CACHE_BYTES;
+use crate::device::BlockDevice;
+use crate::index::{History, Point, PointSpec};
+use crate::nbd;
+use crate::storage::{Directory, DiskDirectory};
+use crate::types::{Seq, TimeUs};
+use crate::view::View;
+
+/// Runs a view server until it is told to stop. `launch` is an encoded `ViewLaunch`.
+///
+/// Writes one length-prefixed `Response` on standard output when it serves or has failed, and
+/// returns the exit code. To be called on the main thread of a process with no other threads.
+pub fn view_main(launch: &[u8]) -> i32 {
+    finish(run(launch))
+}
+
+fn open(directory: &Path, create: bool) -> Result<Arc<dyn Directory>, Failure> {
+    if create {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| Failure::io(&format!("make {}", directory.display()), &error))?;
+    }
+    let opened = DiskDirectory::open(directory)
+        .map_err(|error| Failure::io(&format!("open {}", directory.display()), &error))?;
+    Ok(Arc::new(opened))
+}
+
+fn run(launch: &[u8]) -> Result<(), Failure> {
+    let mut launch = ViewLaunch::decode(launch)
+        .map_err(|error| Failure::usage(format!("the launch message is damaged: {error}")))?;
+    memory::forbid_core_files();
+    let signals = Signals::block()?;
+    let mut notices = Vec::new();
+    if !launch.overlay_dir.is_empty() {
+        // A writable view can have a mount above it: it is in that one's write-back path.
+        notices = memory::enter_write_back_path();
+    }
+    let key = group_key(&launch.key);
+    launch.key.zeroize();
+    let key = key?.ok_or_else(|| {
+        Failure::state(
+            "locked",
+            "history cannot be read without its key",
+            "unlock the keys",
+        )
+    })?;
+    let group = group_id(&launch.group)?;
+    let tcp = address(&launch.nbd_tcp)?;
+    let socket = path("the control socket", &launch.control_socket)?;
+    let listener = listen(socket)?;
+
+    let log = open(path("the log", &launch.log_dir)?, false)?;
+    let end = launch.end.as_ref().map(log_end).transpose()?;
+    let history = Arc::new(History::open(Arc::clone(&log), group, end.as_ref())?);
+    let asked = match launch.point.take() {
+        None => PointSpec::Newest,
+        Some(Asked::AtTimeUs(time)) => PointSpec::At(TimeUs(time)),
+        Some(Asked::AtSeq(seq)) => PointSpec::AtSeq(Seq(seq)),
+        Some(Asked::Bookmark(label)) => PointSpec::Bookmark(label),
+    };
+    let point = history.resolve(&asked, launch.exact)?;
+    let overlay = match launch.overlay_dir.as_str() {
+        "" => None,
+        text => Some(open(path("the overlay", text)?, true)?),
+    };
+    let wanted = if launch.cache_bytes == 0 {
+        CACHE_BYTES as u64
+    } else {
+        launch.cache_bytes
+    };
+    let cache_bytes = memory::cache_limit(wanted);
+    let view = View::open(
+        Arc::clone(&history),
+        log,
+        key,
+        point,
+        overlay,
+        launch.overlay_bytes_max,
+        cache_bytes,
+    )?;
+
+    let mut devices: Vec<(String, Arc<dyn BlockDevice>)> = Vec::new();
+    let mut volumes = Vec::new();
+    for (index, name, size) in history.volumes(point.seq) {
+        devices.push((name.clone(), view.device(index)?));
+        let index = u32::from(index.0);
+        volumes.push(proto::VolumeStatus {
+            index,
+            name,
+            size,
+            backing: String::new(),
+        });
+    }
+    let nbd = nbd::Server::new(exports(&devices, &launch.group_name));
+    let nbd_tcp = listen_nbd(&nbd, &launch.nbd_unix, tcp)?;
+    let exit = Exit::new()?;
+    let server = Arc::new(ViewServer {
+        view,
+        point,
+        writable: !launch.overlay_dir.is_empty(),
+        nbd,
+        nbd_tcp,
+        front: FuseFront::new(devices.clone()),
+        devices,
+        volumes,
+        notices,
+        exit: exit.clone(),
+    });
+    let control = ControlServer::start(listener, socket, Arc::clone(&server) as _)
+        .map_err(|error| Failure::io("serve the control socket", &error))?;
+    report_ready(Outcome::ViewStatus(server.status()));
+    signals.wait(&exit);
+    let result = server.stop();
+    control.stop();
+    result
+}
+
+#[derive(Debug)]
+struct ViewServer {
+    view: View,
+    point: Point,
+    writable: bool,
+    nbd: nbd::Server,
+    nbd_tcp: Option<SocketAddr>,
+    front: FuseFront,
+    devices: Vec<(String, Arc<dyn BlockDevice>)>,
+    volumes: Vec<proto::VolumeStatus>,
+    notices: Vec<String>,
+    exit: Exit,
+}
+
+impl ViewServer {
+    fn status(&self) -> proto::ViewStatus {
+        let mountpoint = self.front.mountpoint();
+        let mut notices = self.notices.clone();
+        notices.extend(self.front.notice());
+        proto::ViewStatus {
+            seq: self.point.seq.0,
+            time_us: self.point.time.0,
+            writable: self.writable,
+            overlay_bytes: 0,
+            clients: u32::try_from(self.nbd.clients()).unwrap_or(u32::MAX),
+            pid: std::process::id(),
+            nbd_tcp: self
+                .nbd_tcp
+                .map(|address| address.to_string())
+                .unwrap_or_default(),
+            fuse_attached: mountpoint.is_some(),
+            volumes: self.volumes.clone(),
+            cells_opened: 0,
+            fuse_mountpoint: mountpoint.unwrap_or_default(),
+            notices,
+        }
+    }
+
+    /// Front ends first, then what the overlay holds becomes durable. Repeatable.
+    fn stop(&self) -> Result<(), Failure> {
+        self.front.stop();
+        self.nbd.stop();
+        if self.writable {
+            for (name, device) in &self.devices {
+                device
+                    .flush(crate::device::RequestFlags::default())
+                    .map_err(|error| {
+                        Failure::internal(format!("the overlay of {name} is not durable: {error}"))
+                    })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Handler for ViewServer {
+    fn handle(&self, call: Call) -> Result<Reply, Failure> {
+        match call.verb {
+            Verb::Status(_) => Ok(Reply::new(Outcome::ViewStatus(self.status()))),
+            Verb::AttachFuse(request) => {
+                let status = self.front.attach(Path::new(&request.holder_socket))?;
+                Ok(Reply::new(Outcome::HolderStatus(status)))
+            }
+            Verb::Stop(_) => {
+                let mut reply = self.stop().map_or_else(Reply::from, |()| Reply::done());
+                let exit = self.exit.clone();
+                reply.then = Some(Box::new(move || exit.request()));
+                Ok(reply)
+            }
+            _ => Err(Failure::usage("a view server does not know this verb")),
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Main functions of the server processes, and loop devices.
+
+use std::path::PathBuf;
+
+use ebbtide_core::server;
+use pyo3::prelude::*;
+
+use crate::errors::raise;
+
+/// Is a holder until it ends; returns the exit code.
+#[pyfunction]
+pub fn holder_main(py: Python<'_>, launch: &[u8]) -> i32 {
+    py.detach(|| server::holder_main(launch))
+}
+
+/// Path of a loop device over a file, direct I/O on both.
+#[pyfunction]
+pub fn loop_attach(py: Python<'_>, file: PathBuf, read_only: bool) -> PyResult<String> {
+    py.detach(|| server::loop_attach(&file, read_only))
+        .map_err(|error| raise(&error))
+}
+
+/// Gives a loop device back.
+#[pyfunction]
+pub fn loop_detach(py: Python<'_>, device: &str) -> PyResult<()> {
+    py.detach(|| server::loop_detach(device))
+        .map_err(|error| raise(&error))
+}
