@@ -279,9 +279,11 @@ def rows_of_case(
         if side != "nbd_file" and case.writes:
             lags = [one.lag_ms for one in results[side]]
             rows.append(measured(f"{name}.lag_end_ms{end}", lags, "ms", "lower"))
-    for peer in PEERS:
-        if peer not in speeds:
-            rows.append(missing(f"{name}.iops_{peer}{suffix}", "1/s", "higher", absent[peer], peer))
+    rows.extend(
+        missing(f"{name}.iops_{peer}{suffix}", "1/s", "higher", absent[peer], peer)
+        for peer in PEERS
+        if peer not in speeds
+    )
     return rows
 
 

@@ -52,7 +52,7 @@ async def _push(port: int, certificate: bytes, count: int) -> float:
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", TLS_NAME)]
     credentials = grpc.ssl_channel_credentials(certificate)
     async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
-        call = channel.stream_unary(_METHOD)
+        call = channel.stream_unary(_METHOD, request_serializer=bytes, response_deserializer=bytes)
         await call(_one_message())
         begun = time.monotonic()
         answer = await call(messages())
