@@ -34,7 +34,6 @@ class Started:
 
     pid: int
     response: pb.Response
-    process: subprocess.Popen[bytes]
 
 
 def _read_exactly(descriptor: int, length: int, deadline: float) -> bytes:
@@ -91,7 +90,9 @@ def start(
         if error := failure_of(response):
             raise error
         served = True
-        return Started(pid=process.pid, response=response, process=process)
+        # It is not Popen's any more: it outlives us, and `Watch` reaps it if it does not.
+        process.returncode = 0
+        return Started(pid=process.pid, response=response)
     except EOFError:
         process.wait(5)
         raise InternalError(
@@ -115,10 +116,9 @@ def start(
 class Watch:
     """Notices the end of a process, child or not. `ended` is set once it is gone."""
 
-    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, pid: int) -> None:
         self.pid = pid
         self.ended = asyncio.Event()
-        self._process = process
         self._loop = asyncio.get_running_loop()
         self._descriptor = -1
         try:
@@ -130,8 +130,9 @@ class Watch:
 
     def _over(self) -> None:
         self.close()
-        if self._process is not None:
-            self._process.poll()
+        # A child would stay a zombie; an adopted process is not our child.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
         self.ended.set()
 
     def close(self) -> None:

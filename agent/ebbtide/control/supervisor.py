@@ -157,7 +157,7 @@ class Supervisor(ABC):
             raise
         self.client = client
         self._log.info("process serves", pid=self.pid, adopted=started is None)
-        return client, process.Watch(self.pid, started.process if started else None)
+        return client, process.Watch(self.pid)
 
     async def _until_gone(self, client: ControlClient, watch: process.Watch) -> None:
         """Wait until the process ended, or its connection did, or we are asked to stop."""

@@ -1,5 +1,5 @@
-//! `ebbtide._native`: registers what `native/core` offers to Python, converts errors, and lets go of
-//! the GIL around everything that can take more than about 10 us. Nothing else.
+//! `ebbtide._native`: registers what `native/core` offers to Python, converts errors, and lets go
+//! of the GIL around everything that can take more than about 10 us. Nothing else.
 
 mod directory;
 mod errors;
