@@ -5,9 +5,9 @@ from typing import final
 VERSION: str
 
 class NativeError(Exception):
-    """A failure: args are (code, message, hint)."""
+    """A failure: args are (code, message, hint, kind); kind is the exit code."""
 
-    args: tuple[str, str, str]
+    args: tuple[str, str, str, int]
 
 class PanicException(BaseException):
     """A defect of native code; the object it came from is not used any more."""

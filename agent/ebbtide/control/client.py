@@ -34,7 +34,7 @@ def failure_of(response: pb.Response) -> EbbError | None:
     if response.WhichOneof("result") != "failure":
         return None
     failure = response.failure
-    return error_from(failure.code, failure.message, failure.hint)
+    return error_from(failure.code, failure.message, failure.hint, kind=failure.exit_code)
 
 
 class _Stream(asyncio.Protocol):

@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 def from_native(error: _native.NativeError) -> EbbError:
     """The error that native code raised, in our tree."""
-    code, message, hint = error.args
-    return error_from(code, message, hint)
+    code, message, hint, kind = error.args
+    return error_from(code, message, hint, kind=kind)
 
 
 def to_message(error: EbbError) -> agent_pb2.AgentFailure:

@@ -120,9 +120,7 @@ def _check_target(wanted: api.RestoreVolume) -> bool:
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
         raise UsageError(f"{path} is neither a file nor a block device")
     if not wanted.overwrite:
-        raise RefusedError(
-            f"{path} exists", code="exists", hint="--force overwrites it"
-        )
+        raise RefusedError(f"{path} exists", code="exists", hint="--force overwrites it")
     if not os.access(path, os.W_OK):
         raise PrivilegeError(f"{path} cannot be written", hint="run the agent as root")
     return True

@@ -24,7 +24,7 @@ mod _native {
     #[pymodule_export]
     use super::position::PyLogEnd;
     #[pymodule_export]
-    use super::process::{holder_main, loop_attach, loop_detach};
+    use super::process::{holder_main, loop_attach, loop_detach, tap_main, view_main};
 
     /// What a panic of native code becomes.
     #[pymodule_init]

@@ -62,7 +62,7 @@ impl PyJournal {
             Some(journal) => work(journal),
             None => Err(LogError::Poisoned),
         })
-        .map_err(|error| raise(&error))
+        .map_err(raise)
     }
 }
 
@@ -74,7 +74,7 @@ impl PyJournal {
         let directory = open_directory(Path::new(directory))?;
         let (journal, report) = py
             .detach(|| Journal::open(directory, group))
-            .map_err(|error| raise(&error))?;
+            .map_err(raise)?;
         Ok(Self {
             journal: RwLock::new(Some(journal)),
             notices: notices(&report),
@@ -141,8 +141,7 @@ impl PySyncHandle {
     }
 
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.handle.sync())
-            .map_err(|error| raise(&error))
+        py.detach(|| self.handle.sync()).map_err(raise)
     }
 }
 
@@ -177,7 +176,7 @@ fn to_python(py: Python<'_>, batch: &Batch) -> PyResult<PyBatch> {
         .frames
         .get(..FRAME_HEADER_LEN)
         .ok_or_else(|| bad_request("invariant: a batch holds at least one frame"))?;
-    let first = FrameHeader::parse(first).map_err(|error| raise(&error))?;
+    let first = FrameHeader::parse(first).map_err(|error| raise(LogError::from(error)))?;
     Ok(PyBatch {
         announcement: match &batch.header {
             Some(header) => Some(tagged(py, *b"INCA", &header.encode())?),
@@ -209,7 +208,7 @@ impl PyLogReader {
         let directory: Arc<dyn Directory> = open_directory(Path::new(directory))?;
         let reader = py
             .detach(|| LogReader::open(directory, group))
-            .map_err(|error| raise(&error))?;
+            .map_err(raise)?;
         Ok(Self {
             reader: Mutex::new(reader),
         })
@@ -220,7 +219,7 @@ impl PyLogReader {
     fn seek(&self, py: Python<'_>, to: Option<(Vec<u8>, u32)>) -> PyResult<()> {
         let to = to.map(position).transpose()?;
         py.detach(|| self.reader.lock().seek(to.as_ref()))
-            .map_err(|error| raise(&error))
+            .map_err(raise)
     }
 
     /// Next frames up to `end`, or None if there are none yet.
@@ -233,7 +232,7 @@ impl PyLogReader {
         let max_bytes = max_bytes.min(FRAME_BYTES_MAX);
         let batch = py
             .detach(|| self.reader.lock().next_batch(&end.0, max_bytes))
-            .map_err(|error| raise(&error))?;
+            .map_err(raise)?;
         batch.map(|batch| to_python(py, &batch)).transpose()
     }
 }

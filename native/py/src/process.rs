@@ -1,11 +1,23 @@
 //! Main functions of the server processes, and loop devices.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use ebbtide_core::server;
 use pyo3::prelude::*;
 
 use crate::errors::raise;
+
+/// Is a tap server until it ends; returns the exit code.
+#[pyfunction]
+pub fn tap_main(py: Python<'_>, launch: &[u8]) -> i32 {
+    py.detach(|| server::tap_main(launch))
+}
+
+/// Is a view server until it ends; returns the exit code.
+#[pyfunction]
+pub fn view_main(py: Python<'_>, launch: &[u8]) -> i32 {
+    py.detach(|| server::view_main(launch))
+}
 
 /// Is a holder until it ends; returns the exit code.
 #[pyfunction]
@@ -15,14 +27,13 @@ pub fn holder_main(py: Python<'_>, launch: &[u8]) -> i32 {
 
 /// Path of a loop device over a file, direct I/O on both.
 #[pyfunction]
-pub fn loop_attach(py: Python<'_>, file: PathBuf, read_only: bool) -> PyResult<String> {
-    py.detach(|| server::loop_attach(&file, read_only))
-        .map_err(|error| raise(&error))
+pub fn loop_attach(py: Python<'_>, file: &str, read_only: bool) -> PyResult<String> {
+    py.detach(|| server::loop_attach(Path::new(file), read_only))
+        .map_err(raise)
 }
 
 /// Gives a loop device back.
 #[pyfunction]
 pub fn loop_detach(py: Python<'_>, device: &str) -> PyResult<()> {
-    py.detach(|| server::loop_detach(device))
-        .map_err(|error| raise(&error))
+    py.detach(|| server::loop_detach(device)).map_err(raise)
 }

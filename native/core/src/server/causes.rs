@@ -1,6 +1,7 @@
 //! From the errors of the data path to what people see.
 
 use super::failure::{ExitCode, Failure};
+use super::loop_device::LoopError;
 use crate::index::HistoryError;
 use crate::log::LogError;
 use crate::storage::is_full;
@@ -33,11 +34,62 @@ impl From<LogError> for Failure {
                 message,
                 "another site has a newer generation of this group",
             ),
-            _ => Self::new(
+            // Words of their own for what parts the line of a source from that of its target.
+            LogError::UnknownIncarnation(_) => parted("unknown-incarnation", message),
+            LogError::OutOfOrder { .. } => parted("out-of-order", message),
+            LogError::BrokenChain { .. } => parted("broken-chain", message),
+            LogError::BelowFloor { .. } => parted("below-floor", message),
+            LogError::SeqReused { .. } | LogError::TimeReused { .. } => {
+                parted("seq-reused", message)
+            }
+            LogError::Conflict { .. }
+            | LogError::IncarnationConflict(_)
+            | LogError::IncarnationClosed(_) => parted("conflict", message),
+            LogError::Damaged { .. } | LogError::Format(_) => Self::new(
                 "damaged",
                 ExitCode::Damaged,
                 message,
                 "restore these files from the other site, or begin a new log",
+            ),
+        }
+    }
+}
+
+fn parted(code: &'static str, message: String) -> Failure {
+    let hint = "the source begins a new incarnation and copies its volumes";
+    Failure::new(code, ExitCode::Damaged, message, hint)
+}
+
+impl From<LoopError> for Failure {
+    fn from(error: LoopError) -> Self {
+        let message = error.to_string();
+        match error {
+            LoopError::Io { source, .. } => {
+                let failure = Self::io("use the loop device", &source);
+                Self { message, ..failure }
+            }
+            LoopError::Attached { .. } | LoopError::InUse { .. } => Self::state(
+                "in-use",
+                message,
+                "unmount it or end who uses it, then repeat",
+            ),
+            LoopError::NotAttached { .. } => Self::new(
+                "not-found",
+                ExitCode::NotFound,
+                message,
+                "'losetup -a' lists what is attached",
+            ),
+            LoopError::NoneFree => Self::new(
+                "limit",
+                ExitCode::NoSpace,
+                message,
+                "detach one: 'losetup -a' lists them",
+            ),
+            LoopError::Program { .. } => Self::new(
+                "unsupported",
+                ExitCode::Privilege,
+                message,
+                "install util-linux",
             ),
         }
     }
