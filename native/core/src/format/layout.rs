@@ -164,7 +164,7 @@ impl Format {
     }
 
     /// `Limit` finding for `field` unless `value` is at most `limit`.
-    pub(super) fn at_most(&self, field: Field, value: u64, limit: u64) -> Result<(), FormatError> {
+    pub(crate) fn at_most(&self, field: Field, value: u64, limit: u64) -> Result<(), FormatError> {
         if value <= limit {
             return Ok(());
         }
@@ -177,7 +177,7 @@ impl Format {
     }
 
     /// `Field` finding unless `ok`.
-    pub(super) fn require(
+    pub(crate) fn require(
         &self,
         ok: bool,
         field: Field,

@@ -26,6 +26,13 @@ pub trait File: Send + Sync + Debug {
     fn set_len(&self, length: u64) -> io::Result<()>;
     fn len(&self) -> io::Result<u64>;
 
+    /// Gives the space of a range back if the medium can; the length stays. What the range reads as
+    /// is not specified until it is written again.
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Ok(())
+    }
+
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
