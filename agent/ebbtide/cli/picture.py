@@ -149,7 +149,7 @@ def _notices(notices: object) -> list[Text]:
 
 
 def _flow(items: list[str], width: int, indent: int = 2) -> list[Text]:
-    """Items side by side while they fit, else on lines of their own, a little to the right."""
+    """Items side by side while they fit, else on lines of their own."""
     lines: list[str] = []
     for item in items:
         if not item:
@@ -157,7 +157,7 @@ def _flow(items: list[str], width: int, indent: int = 2) -> list[Text]:
         if lines and len(lines[-1]) + 3 + len(item) <= width:
             lines[-1] += f"   {item}"
         else:
-            lines.append(" " * (indent + 2 * bool(lines)) + item)
+            lines.append(" " * indent + item)
     return [Text(line, overflow="fold") for line in lines]
 
 

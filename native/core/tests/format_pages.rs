@@ -14,12 +14,19 @@ use std::path::PathBuf;
 
 use ebbtide_core::crypto;
 use ebbtide_core::format::{Field, frame, manifest, record, segment};
+use ebbtide_core::index;
+use ebbtide_core::view::presence;
 
 /// Page, heading above the table, layout in the code.
 const LAYOUTS: &[(&str, &str, &[Field])] = &[
     ("frame.md", "Header", frame::LAYOUT),
     ("segment.md", "Header", segment::LAYOUT),
     ("manifest.md", "Header", manifest::LAYOUT),
+    ("index-run.md", "Header", index::layout::LAYOUT),
+    ("index-run.md", "Member", index::layout::MEMBER_LAYOUT),
+    ("index-run.md", "Lane", index::layout::LANE_LAYOUT),
+    ("overlay.md", "Header", presence::LAYOUT),
+    ("overlay.md", "Slot", presence::SLOT_LAYOUT),
 ];
 
 /// Numbers by name.
@@ -40,6 +47,9 @@ const VALUES: &[(&str, &str, Values)] = &[
     ("record-table.md", "Cell encodings", record::ENCODING_VALUES),
     ("record-table.md", "Limits", record::LIMIT_VALUES),
     ("manifest.md", "Limits", manifest::LIMIT_VALUES),
+    ("index-run.md", "Entry", index::entry::ENTRY_BITS),
+    ("index-run.md", "Kinds", index::entry::KIND_VALUES),
+    ("overlay.md", "States", presence::STATE_VALUES),
 ];
 
 /// What a reader of a page can count on.
