@@ -103,7 +103,9 @@ def _source(group: SourceGroup, now_us: int, width: int, curves: Curves | None) 
     if curves is not None and group.name in curves.writes:
         room = max(10, min(CURVE_LEN, width - 12))
         lines.append(Text(f"  writes/s {curve(curves.writes[group.name], room)}", style="cyan"))
-        lines.append(Text(f"  lag      {curve(curves.lag_s[group.name], room)}", style="magenta"))
+        if group.HasField("shipping"):
+            lag = curve(curves.lag_s[group.name], room)
+            lines.append(Text(f"  lag      {lag}", style="magenta"))
     for volume in group.volumes:
         where = volume.device or volume.nbd_uri
         lines += _flow([f"{volume.name} {format_size(volume.size)}", volume.backing, where], width)

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.live import Live
 
 from ebbtide.cli.condition import of_source, of_target, of_view
@@ -52,10 +53,11 @@ def _watch(session: Session, answers: Any) -> None:
             session.out.say(picture(answer, console.width))
         return
     curves = Curves()
-    with Live(console=console, auto_refresh=False, screen=True) as live:
+    screen = Console(highlight=False)  # folds long lines; the other one leaves that to the terminal
+    with Live(console=screen, auto_refresh=False, screen=True) as live:
         for answer in answers:
             curves.add(answer)
-            live.update(picture(answer, console.width, curves), refresh=True)
+            live.update(picture(answer, screen.width, curves), refresh=True)
 
 
 def status_plain(answer: agent_pb2.AgentStatus) -> dict[str, Any]:
