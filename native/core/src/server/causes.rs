@@ -145,8 +145,12 @@ impl From<HistoryError> for Failure {
         let message = error.to_string();
         let hint = match error {
             HistoryError::Log(error) => return error.into(),
-            HistoryError::BeforeHorizon { .. } | HistoryError::InFuture { .. } => {
-                "ebb points shows the span that can be opened"
+            HistoryError::BeforeHorizon { .. }
+            | HistoryError::InFuture { .. }
+            | HistoryError::SeqOutside { .. } => "ebb points shows the span that can be opened",
+            HistoryError::Overlay { source, .. } => {
+                let failure = Self::from(source);
+                return Self { message, ..failure };
             }
             HistoryError::InsideSpan { .. } => {
                 "without --exact the last consistent point before it is opened"
