@@ -41,6 +41,8 @@ const WANTED: u64 = FUSE_ASYNC_READ
 
 /// No page cache for this open file: each read and write reaches us, in the caller's order.
 pub const FOPEN_DIRECT_IO: u32 = 1 << 0;
+/// close(2) sends no FLUSH (kernel 5.16; older ones learn it from ENOSYS).
+pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// Several direct writes of one file at once.
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 

@@ -164,7 +164,8 @@ impl Files {
                 if writes && file.device.info().read_only {
                     return Err(libc::EROFS);
                 }
-                let flags = abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES;
+                let flags =
+                    abi::FOPEN_DIRECT_IO | abi::FOPEN_NOFLUSH | abi::FOPEN_PARALLEL_DIRECT_WRITES;
                 Ok(Answer::Body(abi::open_out(node, flags)))
             }
             Operation::Read { offset, length } => self.read(node, offset, length, data),
@@ -215,9 +216,11 @@ impl Files {
                     self.files.len() as u64,
                 )))
             }
-            // FLUSH is close(2), not a promise of durability.
-            Operation::Flush
-            | Operation::Release
+            // FLUSH is close(2), not a promise of durability. It must not wait for us: a process
+            // that has a file open and starts our successor would wait, between fork and exec,
+            // for that successor.
+            Operation::Flush => Err(libc::ENOSYS),
+            Operation::Release
             | Operation::ReleaseDir
             | Operation::FsyncDir
             | Operation::Destroy => Ok(empty()),
