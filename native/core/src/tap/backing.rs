@@ -97,7 +97,10 @@ impl Backing for StorageBacking {
         let length = (REGION_BYTES - offset % REGION_BYTES).min(self.size - offset);
         let mut bytes = vec![0; usize::try_from(length).expect("invariant: at most a region")];
         self.read(&mut bytes, offset, false)?;
-        Ok(Run { length, hole: bytes.iter().all(|byte| *byte == 0) })
+        Ok(Run {
+            length,
+            hole: bytes.iter().all(|byte| *byte == 0),
+        })
     }
 
     fn identity(&self) -> io::Result<Identity> {

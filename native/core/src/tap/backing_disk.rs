@@ -36,14 +36,21 @@ impl DiskBacking {
             // Excludes mounts, other taps, device-mapper, swap and md.
             options.custom_flags(libc::O_EXCL);
         }
-        let mut file = options.open(path).map_err(|error| match Errno::from_io_error(&error) {
-            Some(Errno::BUSY) => io::Error::from(io::ErrorKind::WouldBlock),
-            _ => error,
-        })?;
+        let mut file = options
+            .open(path)
+            .map_err(|error| match Errno::from_io_error(&error) {
+                Some(Errno::BUSY) => io::Error::from(io::ErrorKind::WouldBlock),
+                _ => error,
+            })?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let size = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
         let block_device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, size, block_device, no_punch: AtomicBool::new(false) })
+        Ok(Self {
+            file,
+            size,
+            block_device,
+            no_punch: AtomicBool::new(false),
+        })
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> io::Result<bool> {
@@ -113,22 +120,30 @@ impl Backing for DiskBacking {
     }
 
     fn run(&self, offset: u64) -> io::Result<Run> {
-        let all_data = Run { length: self.size - offset, hole: false };
+        let all_data = Run {
+            length: self.size - offset,
+            hole: false,
+        };
         if self.block_device {
             return Ok(all_data);
         }
         // The file position is used by nobody else: all I/O is positioned.
         match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(data) if data > offset => {
-                Ok(Run { length: data.min(self.size) - offset, hole: true })
-            }
+            Ok(data) if data > offset => Ok(Run {
+                length: data.min(self.size) - offset,
+                hole: true,
+            }),
             Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
-                Ok(hole) if hole > offset => {
-                    Ok(Run { length: hole.min(self.size) - offset, hole: false })
-                }
+                Ok(hole) if hole > offset => Ok(Run {
+                    length: hole.min(self.size) - offset,
+                    hole: false,
+                }),
                 _ => Ok(all_data),
             },
-            Err(Errno::NXIO) => Ok(Run { length: self.size - offset, hole: true }),
+            Err(Errno::NXIO) => Ok(Run {
+                length: self.size - offset,
+                hole: true,
+            }),
             Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(all_data),
             Err(error) => Err(error.into()),
         }
@@ -197,9 +212,12 @@ mod tests {
     fn zeroes_of_every_kind_read_as_zeroes() {
         let (_directory, path) = image(1 << 20);
         let backing = DiskBacking::open(&path).unwrap();
-        for (offset, length, hole) in
-            [(0, 4096, true), (5000, 700, true), (100, 70_000, false), (8192, 300_000, true)]
-        {
+        for (offset, length, hole) in [
+            (0, 4096, true),
+            (5000, 700, true),
+            (100, 70_000, false),
+            (8192, 300_000, true),
+        ] {
             backing.write(&vec![9; 1 << 20], 0).unwrap();
             backing.zero(offset, length, hole).unwrap();
             let mut bytes = vec![1; 1 << 20];
@@ -215,7 +233,13 @@ mod tests {
     fn runs_cover_a_sparse_file() {
         let (_directory, path) = image(1 << 20);
         let backing = DiskBacking::open(&path).unwrap();
-        assert_eq!(backing.run(0).unwrap(), Run { length: 1 << 20, hole: true });
+        assert_eq!(
+            backing.run(0).unwrap(),
+            Run {
+                length: 1 << 20,
+                hole: true
+            }
+        );
         backing.write(&[1; 4096], 512 * 1024).unwrap();
         let mut offset = 0;
         let mut data = 0;

@@ -37,7 +37,10 @@ fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
 impl AtomicBitmap {
     pub fn new(bits: u64) -> Self {
         let words = word_of(bits.next_multiple_of(64));
-        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), bits }
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            bits,
+        }
     }
 
     pub fn bits(&self) -> u64 {
@@ -100,7 +103,10 @@ impl AtomicBitmap {
     }
 
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.load(Ordering::SeqCst).count_ones())).sum()
+        self.words
+            .iter()
+            .map(|word| u64::from(word.load(Ordering::SeqCst).count_ones()))
+            .sum()
     }
 
     /// The first set bit at or behind `from`.

@@ -53,7 +53,9 @@ impl ContentCache {
     fn find(&self, tag: u64) -> Option<usize> {
         let set = self.set_of(tag);
         let ways = &self.tags[set..set + WAYS];
-        ways.iter().position(|found| *found == tag).map(|way| set + way)
+        ways.iter()
+            .position(|found| *found == tag)
+            .map(|way| set + way)
     }
 
     /// Stores a block's newest content. Returns whether it is what the cache held for it.
@@ -77,14 +79,20 @@ impl ContentCache {
     }
 
     fn victim(&mut self, set: usize) -> usize {
-        if let Some(way) = self.tags[set..set + WAYS].iter().position(|tag| *tag == EMPTY) {
+        if let Some(way) = self.tags[set..set + WAYS]
+            .iter()
+            .position(|tag| *tag == EMPTY)
+        {
             return set + way;
         }
         let ages = &mut self.rrpv[set..set + WAYS];
         let oldest = ages.iter().copied().max().unwrap_or(RRPV_OLD);
         let older_by = RRPV_OLD - oldest;
         ages.iter_mut().for_each(|age| *age += older_by);
-        set + ages.iter().position(|age| *age == RRPV_OLD).expect("invariant: one was made oldest")
+        set + ages
+            .iter()
+            .position(|age| *age == RRPV_OLD)
+            .expect("invariant: one was made oldest")
     }
 
     fn remove_way(&mut self, way: usize) {
@@ -169,7 +177,9 @@ mod tests {
         let mut model = std::collections::HashMap::new();
         let mut random = 1u64;
         for _ in 0..20_000 {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             let (block, value) = ((random >> 40) % 500, (random >> 33) % 3);
             let same = cache.put(V, block, &content(value));
             assert!(!same || model.get(&block) == Some(&value));
@@ -190,7 +200,12 @@ mod tests {
         for block in 10_000..10_700 {
             cache.put(V, block, &content(block));
         }
-        let kept = (0..128).filter(|block| cache.put(V, *block, &content(*block))).count();
-        assert!(kept > 96, "{kept} of 128 survived a scan larger than the cache");
+        let kept = (0..128)
+            .filter(|block| cache.put(V, *block, &content(*block)))
+            .count();
+        assert!(
+            kept > 96,
+            "{kept} of 128 survived a scan larger than the cache"
+        );
     }
 }

@@ -41,14 +41,18 @@ impl TimeSource for SystemTimeSource {
     }
 
     fn wall_us(&self) -> u64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
     fn boot_id(&self) -> [u8; 16] {
         let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-        digits.parse().map_or([0; 16], |id: crate::types::IncarnationId| id.0)
+        digits
+            .parse()
+            .map_or([0; 16], |id: crate::types::IncarnationId| id.0)
     }
 }
 

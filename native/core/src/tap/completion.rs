@@ -28,8 +28,13 @@ pub struct CompletionCache {
 
 impl Default for CompletionCache {
     fn default() -> Self {
-        let slot = |_| Slot { block: AtomicU64::new(EMPTY), content: Mutex::new(None) };
-        Self { slots: (0..SLOTS).map(slot).collect() }
+        let slot = |_| Slot {
+            block: AtomicU64::new(EMPTY),
+            content: Mutex::new(None),
+        };
+        Self {
+            slots: (0..SLOTS).map(slot).collect(),
+        }
     }
 }
 
@@ -59,7 +64,8 @@ impl CompletionCache {
     pub fn put(&self, block: u64, content: &[u8; BLOCK_SIZE]) {
         let slot = self.slot(block);
         let mut held = slot.content.lock();
-        held.get_or_insert_with(|| Box::new([0; BLOCK_SIZE])).copy_from_slice(content);
+        held.get_or_insert_with(|| Box::new([0; BLOCK_SIZE]))
+            .copy_from_slice(content);
         slot.block.store(block, Ordering::Release);
     }
 

@@ -73,18 +73,27 @@ fn step(core: &TapCore, cursor: &mut Cursor) -> Step {
     };
     let queued = &core.queue.volumes()[cursor.volume];
     let Some(region) = queued.to_copy.next_set(cursor.region) else {
-        *cursor = Cursor { volume: cursor.volume + 1, region: 0 };
+        *cursor = Cursor {
+            volume: cursor.volume + 1,
+            region: 0,
+        };
         return Step::Nothing;
     };
     let hole = hole_regions(volume, region).min(HOLE_REGIONS);
-    let count = if hole > 1 { queued.to_copy.run(region, hole) } else { 1 };
+    let count = if hole > 1 {
+        queued.to_copy.run(region, hole)
+    } else {
+        1
+    };
     cursor.region = region + count;
     match copy(core, volume, region, count) {
         Ok(true) => Step::Copied(count * REGION_BYTES),
         Ok(false) => Step::Nothing,
         Err(error) => {
             let name = &volume.config.name;
-            core.notice(format!("volume {name}: cannot be read for the copy: {error}"));
+            core.notice(format!(
+                "volume {name}: cannot be read for the copy: {error}"
+            ));
             Step::Unreadable
         }
     }
@@ -115,7 +124,13 @@ fn copy(core: &TapCore, volume: &Volume, region: u64, count: u64) -> std::io::Re
     volume.intent.touch(region, region + count, false);
     let _range = volume.ranges.lock(start, blocks);
     let copied = Some((region, region + count));
-    let want = |kind| Want { kind, slot: volume.slot, start, blocks, copied };
+    let want = |kind| Want {
+        kind,
+        slot: volume.slot,
+        start,
+        blocks,
+        copied,
+    };
     if count > 1 && hole_regions(volume, region) < count {
         return Ok(false);
     }
@@ -154,7 +169,13 @@ struct Pace {
 impl Pace {
     fn new() -> Self {
         let now = Instant::now();
-        Self { worked_from: now, writes: 0, done: 0, window_from: now, window_bytes: 0 }
+        Self {
+            worked_from: now,
+            writes: 0,
+            done: 0,
+            window_from: now,
+            window_bytes: 0,
+        }
     }
 
     fn idle(&mut self, core: &TapCore) {
@@ -183,7 +204,8 @@ impl Pace {
         let elapsed = self.window_from.elapsed();
         if elapsed >= Duration::from_secs(1) {
             let rate = u128::from(self.window_bytes) * 1_000_000 / elapsed.as_micros().max(1);
-            core.copy_bytes_per_s.store(u64::try_from(rate).unwrap_or(u64::MAX), Ordering::Relaxed);
+            core.copy_bytes_per_s
+                .store(u64::try_from(rate).unwrap_or(u64::MAX), Ordering::Relaxed);
             self.window_from = Instant::now();
             self.window_bytes = 0;
         }

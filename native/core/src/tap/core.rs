@@ -19,7 +19,7 @@ use super::{TapError, volume};
 use crate::constants::{BLOCK_SIZE, SEQ_RESERVE};
 use crate::device::DeviceError;
 use crate::format::record::{Cause, RecordBody};
-use crate::log::LogWriter;
+use crate::log::{LogError, LogOptions, LogWriter, RecoveryReport};
 use crate::storage::Directory;
 use crate::types::{Generation, GroupId, Seq, TimeUs};
 
@@ -34,6 +34,8 @@ pub struct Keeper {
     pub file: StateFile,
     /// A span was begun whose end is not known to be durable.
     pub span: Option<Cause>,
+    /// Whether the file says that a gap is open.
+    pub gap_stored: bool,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,11 @@ impl TapCore {
 
     /// Asked again inside the grace section: `stop` waits for the sections after it set the flag.
     pub fn check_running(&self) -> Result<(), DeviceError> {
-        if self.is_stopping() { Err(DeviceError::Shutdown) } else { Ok(()) }
+        if self.is_stopping() {
+            Err(DeviceError::Shutdown)
+        } else {
+            Ok(())
+        }
     }
 
     pub fn notice(&self, text: String) {
@@ -96,12 +102,16 @@ impl TapCore {
         if self.read_back(volume, start, blocks).is_none() {
             let (first, end) = regions(start, blocks);
             let mut state = self.queue.lock();
-            self.queue.mark_regions(&mut state, usize::from(volume.slot), first, end);
+            self.queue
+                .mark_regions(&mut state, usize::from(volume.slot), first, end);
             drop(state);
             // It opens the span that says so.
             self.housekeeper.ring();
         }
-        self.notice(format!("volume {}: a write to the backing failed", volume.config.name));
+        self.notice(format!(
+            "volume {}: a write to the backing failed",
+            volume.config.name
+        ));
     }
 
     fn read_back(&self, volume: &Volume, start: u64, blocks: u64) -> Option<()> {
@@ -111,7 +121,13 @@ impl TapCore {
             let count = (end - at).min(256);
             let content = read_blocks(&*volume.backing, at, count).ok()?;
             let slot = volume.slot;
-            let want = Want { kind: Kind::Resync, slot, start: at, blocks: count, copied: None };
+            let want = Want {
+                kind: Kind::Resync,
+                slot,
+                start: at,
+                blocks: count,
+                copied: None,
+            };
             match self.queue.place(&[want], 0, false).ok()? {
                 Placed::Recorded(mut place) => place.write(&content),
                 // The gap's extents hold this range already.
@@ -154,6 +170,7 @@ impl TapCore {
             gap,
         };
         keeper.file.store(&state)?;
+        keeper.gap_stored = gap.is_some();
         // Still under the keeper's lock: limits never go back to an older state's.
         self.queue.set_limits(Seq(seq_end), TimeUs(time_end));
         Ok(())
@@ -161,15 +178,21 @@ impl TapCore {
 
     /// Reserves more numbers when half of what was reserved is used.
     pub fn renew_limits(&self) {
+        let gap_stored = self.keeper.lock().gap_stored;
         let due = {
             let state = self.queue.lock();
             let now = state.clock.at(self.time.boot_us()).max(state.last_time);
             let used = state.last_time + TIME_RESERVE_US > state.time_limit;
             state.wants_numbers
+                || state.gap.is_some() != gap_stored
                 || state.next_seq + SEQ_RESERVE / 2 >= state.seq_limit
                 || (used && now + TIME_RESERVE_US / 2 >= state.time_limit)
         };
-        if due && self.store_state(false, (Seq(0), TimeUs(0)), |_| {}).is_err() {
+        if due
+            && self
+                .store_state(false, (Seq(0), TimeUs(0)), |_| {})
+                .is_err()
+        {
             self.notice("the state file cannot be written".to_owned());
         }
     }
@@ -177,7 +200,9 @@ impl TapCore {
     /// Makes sure that control records can be numbered: after an idle minute nothing is reserved.
     pub fn ensure_numbers(&self) {
         if !self.queue.has_numbers(16)
-            && self.store_state(false, (Seq(0), TimeUs(0)), |_| {}).is_err()
+            && self
+                .store_state(false, (Seq(0), TimeUs(0)), |_| {})
+                .is_err()
         {
             self.notice("the state file cannot be written".to_owned());
         }
@@ -213,7 +238,12 @@ impl TapCore {
         }
         let _turn = self.span_turn.lock();
         let cause = Cause::BackingError;
-        if self.store_state(false, (Seq(0), TimeUs(0)), |keeper| keeper.span = Some(cause)).is_ok() {
+        if self
+            .store_state(false, (Seq(0), TimeUs(0)), |keeper| {
+                keeper.span = Some(cause)
+            })
+            .is_ok()
+        {
             let mut state = self.queue.lock();
             if missing(&state) {
                 self.queue.begin_span(&mut state, cause);
@@ -236,7 +266,12 @@ impl TapCore {
         }
         let _turn = self.span_turn.lock();
         let cause = gap.map_or(Cause::SpoolFailed, |gap| gap.cause);
-        if self.store_state(false, (Seq(0), TimeUs(0)), |keeper| keeper.span = Some(cause)).is_err() {
+        if self
+            .store_state(false, (Seq(0), TimeUs(0)), |keeper| {
+                keeper.span = Some(cause)
+            })
+            .is_err()
+        {
             return;
         }
         let mut state = self.queue.lock();
@@ -252,12 +287,13 @@ impl TapCore {
         if self.pipeline.writer_failed() {
             let (group, generation) = (self.group, self.generation);
             let opened = self.pipeline.replace_writer(PATIENCE, || {
-                let (mut writer, report) = LogWriter::open(Arc::clone(&self.spool), group)?;
+                let (mut writer, report) =
+                    open_writer(&self.spool, group, self.pipeline.bytes_max())?;
                 writer.promise(generation);
                 for damage in report.damage {
                     self.notice(format!("spool: {damage}"));
                 }
-                Ok::<_, crate::log::LogError>(Some(writer))
+                Ok::<_, LogError>(Some(writer))
             });
             if !matches!(opened, Some(Ok(()))) {
                 return false;
@@ -281,12 +317,17 @@ impl TapCore {
         }
         let (seq, span_ended) = {
             let state = self.queue.lock();
-            (Seq(state.next_seq - 1), state.in_span.is_none() && state.copy_left == 0)
+            (
+                Seq(state.next_seq - 1),
+                state.in_span.is_none() && state.copy_left == 0,
+            )
         };
         if !matches!(self.queue.wait_spooled(seq), Ok(true)) {
             return false;
         }
-        let handle = self.pipeline.with_writer(PATIENCE, |writer| writer.sync_handle());
+        let handle = self
+            .pipeline
+            .with_writer(PATIENCE, |writer| writer.sync_handle());
         let synced = match handle {
             Some(Ok(handle)) => handle.sync().is_ok(),
             Some(Err(_)) => false,
@@ -301,9 +342,14 @@ impl TapCore {
             return false;
         }
         for (volume, queued) in self.volumes.iter().zip(self.queue.volumes().iter()) {
-            let kept = volume.intent.end_checkpoint(|word| queued.to_copy.word(word));
+            let kept = volume
+                .intent
+                .end_checkpoint(|word| queued.to_copy.word(word));
             if kept.is_err() {
-                self.notice(format!("volume {}: the bitmap cannot be written", volume.config.name));
+                self.notice(format!(
+                    "volume {}: the bitmap cannot be written",
+                    volume.config.name
+                ));
                 return false;
             }
         }
@@ -322,7 +368,10 @@ impl TapCore {
             }
         });
         stored.is_ok()
-            && self.volumes.iter().all(|volume| volume.intent.set_copied().is_ok())
+            && self
+                .volumes
+                .iter()
+                .all(|volume| volume.intent.set_copied().is_ok())
     }
 
     /// A sync of the spool failed: whatever was not known durable may be gone. Everything dirty is
@@ -345,6 +394,25 @@ impl TapCore {
     pub fn state_error(reason: &str) -> TapError {
         TapError::State(reason.to_owned())
     }
+}
+
+/// Opens the spool. Its newest sealed segment is never trimmed: segments are kept small against
+/// its limit, or a full spool could not be emptied far enough to record again.
+pub fn open_writer(
+    spool: &Arc<dyn Directory>,
+    group: GroupId,
+    bytes_max: u64,
+) -> Result<(LogWriter, RecoveryReport), LogError> {
+    let default = LogOptions::default();
+    let segment_bytes_max = default.segment_bytes_max.min(bytes_max / 8);
+    LogWriter::open_with(
+        Arc::clone(spool),
+        group,
+        LogOptions {
+            segment_bytes_max,
+            ..default
+        },
+    )
 }
 
 /// Reads whole blocks, zero-padded behind the end of the backing.

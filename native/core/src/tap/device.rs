@@ -64,14 +64,23 @@ impl TapDevice {
             return Err(DeviceError::WouldBlock);
         }
         if nowait {
-            volume.ranges.try_lock(start, blocks).ok_or(DeviceError::WouldBlock)
+            volume
+                .ranges
+                .try_lock(start, blocks)
+                .ok_or(DeviceError::WouldBlock)
         } else {
             Ok(volume.ranges.lock(start, blocks))
         }
     }
 
     fn want(&self, kind: Kind, start: u64, blocks: u64) -> Want {
-        Want { kind, slot: self.volume().slot, start, blocks, copied: None }
+        Want {
+            kind,
+            slot: self.volume().slot,
+            start,
+            blocks,
+            copied: None,
+        }
     }
 
     /// Writes at most one record's bytes. The range is held.
@@ -116,8 +125,11 @@ impl TapDevice {
         let want = self.want(Kind::Write, start, blocks);
         match self.core.queue.place(&[want], data.len() as u64, nowait)? {
             Placed::Recorded(mut place) => {
-                let middle_from =
-                    if head.is_some() { index((start + 1) * BLOCK - offset) } else { 0 };
+                let middle_from = if head.is_some() {
+                    index((start + 1) * BLOCK - offset)
+                } else {
+                    0
+                };
                 let middle_to = if tail.is_some() {
                     index((start + blocks - 1) * BLOCK - offset)
                 } else {
@@ -162,7 +174,9 @@ impl TapDevice {
             return Ok(None);
         }
         let mut content = Box::new([0; BLOCK_SIZE]);
-        volume.read_block(block, &mut content, nowait).map_err(|error| device_error(&error))?;
+        volume
+            .read_block(block, &mut content, nowait)
+            .map_err(|error| device_error(&error))?;
         let within = index(from - block * BLOCK)..index(to - block * BLOCK);
         content[within].copy_from_slice(&data[index(from - offset)..index(to - offset)]);
         Ok(Some((block, content)))
@@ -190,16 +204,14 @@ impl TapDevice {
         self.flush_if(flags.fua)
     }
 
-    fn clear_held(
-        &self,
-        offset: u64,
-        end: u64,
-        kind: Kind,
-        hole: bool,
-    ) -> Result<(), DeviceError> {
+    fn clear_held(&self, offset: u64, end: u64, kind: Kind, hole: bool) -> Result<(), DeviceError> {
         let volume = self.volume();
         let whole_start = offset.div_ceil(BLOCK);
-        let whole_end = if end == volume.size { end.div_ceil(BLOCK) } else { end / BLOCK };
+        let whole_end = if end == volume.size {
+            end.div_ceil(BLOCK)
+        } else {
+            end / BLOCK
+        };
         if whole_start >= whole_end {
             // No whole block: at most two partial ones.
             let zeroes = vec![0; index(end - offset)];
@@ -211,7 +223,9 @@ impl TapDevice {
         }
         let blocks = whole_end - whole_start;
         let (from, to) = (whole_start * BLOCK, (whole_end * BLOCK).min(end));
-        self.core.queue.place(&[self.want(kind, whole_start, blocks)], to - from, false)?;
+        self.core
+            .queue
+            .place(&[self.want(kind, whole_start, blocks)], to - from, false)?;
         volume.completion.remove(whole_start, blocks);
         let outcome = volume.backing.zero(from, to - from, hole);
         self.finish(outcome, whole_start, blocks)?;
@@ -256,7 +270,11 @@ fn padding(length: usize) -> usize {
 
 impl BlockDevice for TapDevice {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { size: self.volume().size, read_only: false, multi_conn: true }
+        DeviceInfo {
+            size: self.volume().size,
+            read_only: false,
+            multi_conn: true,
+        }
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64, flags: RequestFlags) -> Result<(), DeviceError> {
@@ -264,7 +282,9 @@ impl BlockDevice for TapDevice {
         let outcome = self.volume().backing.read(buffer, offset, flags.nowait);
         outcome.map_err(|error| device_error(&error))?;
         self.core.reads.fetch_add(1, Ordering::Relaxed);
-        self.core.read_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        self.core
+            .read_bytes
+            .fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -294,7 +314,11 @@ impl BlockDevice for TapDevice {
         self.check(0, 0)?;
         if flags.nowait {
             let idle = self.volume().is_synced() && self.core.queue.is_flushed();
-            return if idle { Ok(()) } else { Err(DeviceError::WouldBlock) };
+            return if idle {
+                Ok(())
+            } else {
+                Err(DeviceError::WouldBlock)
+            };
         }
         let seq = self.core.queue.barrier();
         self.core.make_durable(self.volume(), seq)?;
@@ -319,9 +343,19 @@ impl BlockDevice for TapDevice {
         let end = self.check(offset, length)?;
         let mut at = offset;
         while at < end {
-            let run = self.volume().backing.run(at).map_err(|error| device_error(&error))?;
+            let run = self
+                .volume()
+                .backing
+                .run(at)
+                .map_err(|error| device_error(&error))?;
             let length = run.length.min(end - at);
-            if length == 0 || !each(Allocation { length, hole: run.hole, zero: run.hole }) {
+            if length == 0
+                || !each(Allocation {
+                    length,
+                    hole: run.hole,
+                    zero: run.hole,
+                })
+            {
                 break;
             }
             at += length;

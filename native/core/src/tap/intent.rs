@@ -90,11 +90,17 @@ pub struct IntentHeader {
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("invariant: eight bytes"))
+    u64::from_le_bytes(
+        bytes[at..at + 8]
+            .try_into()
+            .expect("invariant: eight bytes"),
+    )
 }
 
 fn id_at(bytes: &[u8], at: usize) -> [u8; 16] {
-    bytes[at..at + 16].try_into().expect("invariant: sixteen bytes")
+    bytes[at..at + 16]
+        .try_into()
+        .expect("invariant: sixteen bytes")
 }
 
 impl IntentHeader {
@@ -122,23 +128,44 @@ impl IntentHeader {
     }
 
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let field = |field, reason| FormatError::Field { what: WHAT, field, reason };
+        let field = |field, reason| FormatError::Field {
+            what: WHAT,
+            field,
+            reason,
+        };
         if bytes.len() < INTENT_HEADER_LEN {
             let (need, have) = (INTENT_HEADER_LEN, bytes.len());
-            return Err(FormatError::Truncated { what: WHAT, need, have });
+            return Err(FormatError::Truncated {
+                what: WHAT,
+                need,
+                have,
+            });
         }
         let found: [u8; 8] = bytes[0..8].try_into().expect("invariant: eight bytes");
         if found != INTENT_MAGIC {
-            return Err(FormatError::Magic { what: WHAT, expected: INTENT_MAGIC, found });
+            return Err(FormatError::Magic {
+                what: WHAT,
+                expected: INTENT_MAGIC,
+                found,
+            });
         }
         let version = u16::from_le_bytes([bytes[8], bytes[9]]);
         if version != INTENT_VERSION {
             let (min, max) = (INTENT_VERSION, INTENT_VERSION);
-            return Err(FormatError::Version { what: WHAT, found: version, min, max });
+            return Err(FormatError::Version {
+                what: WHAT,
+                found: version,
+                min,
+                max,
+            });
         }
         let (computed, found) = (xxh3_64(&bytes[..504]), u64_at(bytes, 504));
         if computed != found {
-            return Err(FormatError::Checksum { what: WHAT, computed, found });
+            return Err(FormatError::Checksum {
+                what: WHAT,
+                computed,
+                found,
+            });
         }
         let flags = u32::from_le_bytes(bytes[12..16].try_into().expect("invariant: four bytes"));
         if u16::from_le_bytes([bytes[10], bytes[11]]) != 512 {
@@ -148,9 +175,16 @@ impl IntentHeader {
             return Err(field("flags", "has unknown bits"));
         }
         if u64_at(bytes, 40) != REGION_BYTES {
-            return Err(field("region_bytes", "is not the region size of this version"));
+            return Err(field(
+                "region_bytes",
+                "is not the region size of this version",
+            ));
         }
-        if bytes[35..40].iter().chain(&bytes[112..504]).any(|byte| *byte != 0) {
+        if bytes[35..40]
+            .iter()
+            .chain(&bytes[112..504])
+            .any(|byte| *byte != 0)
+        {
             return Err(field("reserved", "is not zero"));
         }
         let kind = match bytes[34] {
@@ -258,9 +292,17 @@ impl IntentBitmap {
         let damaged_pages = bitmap.load(regions_of(header.size.min(size)))?;
         if size > header.size {
             // From the region that was partial on: what is new is in no history.
-            bitmap.durable.set(header.size / REGION_BYTES, regions_of(size));
+            bitmap
+                .durable
+                .set(header.size / REGION_BYTES, regions_of(size));
         }
-        Ok(Some(Ok((bitmap, Found { header, damaged_pages }))))
+        Ok(Some(Ok((
+            bitmap,
+            Found {
+                header,
+                damaged_pages,
+            },
+        ))))
     }
 
     fn assemble(file: Arc<dyn File>, header: IntentHeader) -> Self {
@@ -348,24 +390,26 @@ impl IntentBitmap {
     }
 
     /// Writes the pages that hold words `[low, high)`.
-    fn write_pages(
-        &self,
-        low: usize,
-        high: usize,
-        word: impl Fn(usize) -> u64,
-    ) -> io::Result<()> {
+    fn write_pages(&self, low: usize, high: usize, word: impl Fn(usize) -> u64) -> io::Result<()> {
         let mut bytes = Vec::new();
         let pages = low / PAGE_WORDS..high.div_ceil(PAGE_WORDS);
         for page in pages.clone() {
             let start = bytes.len();
             for index in page * PAGE_WORDS..(page + 1) * PAGE_WORDS {
-                let value = if index < self.durable.words() { word(index) } else { 0 };
+                let value = if index < self.durable.words() {
+                    word(index)
+                } else {
+                    0
+                };
                 bytes.extend_from_slice(&value.to_le_bytes());
             }
             let checksum = page_checksum(page, &bytes[start..]);
             bytes.extend_from_slice(&checksum.to_le_bytes());
         }
-        self.file.write_at(&bytes, (INTENT_HEADER_LEN + pages.start * INTENT_PAGE_LEN) as u64)
+        self.file.write_at(
+            &bytes,
+            (INTENT_HEADER_LEN + pages.start * INTENT_PAGE_LEN) as u64,
+        )
     }
 
     /// Reads the bits of the first `regions`; returns how many pages were damaged.

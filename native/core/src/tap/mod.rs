@@ -47,11 +47,11 @@ pub use start::TapParts;
 use self::core::TapCore;
 use self::device::TapDevice;
 use self::queue::Mode;
+use crate::constants::LABEL_BYTES_MAX;
 use crate::crypto::{GroupKey, Suite};
 use crate::device::BlockDevice;
 use crate::format::record::{Cause, RecordBody};
 use crate::log::{LogEnd, LogPosition};
-use crate::constants::LABEL_BYTES_MAX;
 use crate::types::{Generation, GroupId, Seq, TimeUs, VolumeIndex};
 
 /// Everything a tap needs to know; built from the launcher's message.
@@ -113,11 +113,21 @@ pub struct TapStatus {
 #[non_exhaustive]
 pub enum TapError {
     #[error("{path}: {action} failed: {source}")]
-    Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        action: &'static str,
+        source: std::io::Error,
+    },
     #[error("{path} is in use: another tap or program holds it")]
     InUse { path: PathBuf },
-    #[error("{path} shrank from {recorded} to {found} bytes; history of a smaller volume is refused")]
-    Shrunk { path: PathBuf, recorded: u64, found: u64 },
+    #[error(
+        "{path} shrank from {recorded} to {found} bytes; history of a smaller volume is refused"
+    )]
+    Shrunk {
+        path: PathBuf,
+        recorded: u64,
+        found: u64,
+    },
     #[error("spool or state lies on the protected volume {path}")]
     SpoolOnVolume { path: PathBuf },
     #[error(transparent)]
@@ -182,26 +192,40 @@ impl Tap {
         for number in 0..parts.encoder_threads.max(1) {
             let core = Arc::clone(&core);
             let run = move || core.pipeline.run(&core.queue);
-            tap.encoders.lock().push(spawn(&format!("tap-encode-{number}"), run)?);
+            tap.encoders
+                .lock()
+                .push(spawn(&format!("tap-encode-{number}"), run)?);
         }
         let keeper = Arc::clone(&core);
-        tap.threads.lock().push(spawn("tap-keeper", move || keep(&keeper))?);
+        tap.threads
+            .lock()
+            .push(spawn("tap-keeper", move || keep(&keeper))?);
         let interval = parts.checkpoint_interval;
         let checkpointer = Arc::clone(&core);
         let run = move || checkpoint_loop(&checkpointer, interval);
         tap.threads.lock().push(spawn("tap-checkpoint", run)?);
-        tap.threads.lock().push(spawn("tap-copy", move || copier::run(&core))?);
+        tap.threads
+            .lock()
+            .push(spawn("tap-copy", move || copier::run(&core))?);
         Ok(tap)
     }
 
     pub fn device(&self, volume: VolumeIndex) -> Option<Arc<dyn BlockDevice>> {
-        let slot = self.core.volumes.iter().position(|known| known.config.index == volume)?;
+        let slot = self
+            .core
+            .volumes
+            .iter()
+            .position(|known| known.config.index == volume)?;
         Some(Arc::new(TapDevice::new(Arc::clone(&self.core), slot)))
     }
 
     pub fn status(&self) -> TapStatus {
         let core = &self.core;
-        let dirty = core.volumes.iter().map(|volume| volume.intent.durable().count()).sum();
+        let dirty = core
+            .volumes
+            .iter()
+            .map(|volume| volume.intent.durable().count())
+            .sum();
         let end = core.pipeline.end();
         let state = core.queue.lock();
         TapStatus {
@@ -238,7 +262,9 @@ impl Tap {
 
     /// Waits until the log's end differs from `seen` or the time is over, and returns it.
     pub fn wait_log_end(&self, seen: &LogEnd, timeout_ms: u64) -> LogEnd {
-        self.core.pipeline.wait_end(seen, Duration::from_millis(timeout_ms))
+        self.core
+            .pipeline
+            .wait_end(seen, Duration::from_millis(timeout_ms))
     }
 
     /// Records a bookmark; returns its position. It is in the spool when this returns.
@@ -249,7 +275,9 @@ impl Tap {
         }
         self.core.ensure_numbers();
         let not_recording = "history is not being recorded; no bookmark can be placed";
-        let body = RecordBody::Bookmark { label: label.to_owned() };
+        let body = RecordBody::Bookmark {
+            label: label.to_owned(),
+        };
         let (seq, time) = self
             .core
             .queue
@@ -275,7 +303,9 @@ impl Tap {
         self.core.housekeeper.ring();
         match trimmed {
             Some(outcome) => Ok(outcome?),
-            None => Err(TapError::State("the spool is busy or has failed".to_owned())),
+            None => Err(TapError::State(
+                "the spool is busy or has failed".to_owned(),
+            )),
         }
     }
 
@@ -283,7 +313,8 @@ impl Tap {
     /// spool when this returns.
     pub fn new_incarnation(&self, above_seq: Seq, above_time: TimeUs) -> Result<(), TapError> {
         let core = &self.core;
-        core.store_state(false, (above_seq, above_time), |_| {}).map_err(state_failed)?;
+        core.store_state(false, (above_seq, above_time), |_| {})
+            .map_err(state_failed)?;
         let seq = {
             let mut state = core.queue.lock();
             core.queue.raise(&mut state, above_seq, above_time);
@@ -305,7 +336,10 @@ impl Tap {
     /// Copies a whole volume again in an inconsistent span (first copy, repair).
     pub fn copy_volume(&self, volume: VolumeIndex) -> Result<(), TapError> {
         let core = &self.core;
-        let slot = core.volumes.iter().position(|known| known.config.index == volume);
+        let slot = core
+            .volumes
+            .iter()
+            .position(|known| known.config.index == volume);
         let slot = slot.ok_or_else(|| TapError::State(format!("no volume {}", volume.0)))?;
         let intent = &core.volumes[slot].intent;
         intent.dirty_all().map_err(state_failed)?;
@@ -315,7 +349,8 @@ impl Tap {
         })
         .map_err(state_failed)?;
         let mut state = core.queue.lock();
-        core.queue.mark_regions(&mut state, slot, 0, intent.durable().bits());
+        core.queue
+            .mark_regions(&mut state, slot, 0, intent.durable().bits());
         if state.mode == Mode::Recording && state.in_span.is_none() {
             core.queue.begin_span(&mut state, Cause::Requested);
         }
@@ -354,7 +389,9 @@ impl Tap {
         if !self.join_encoders() {
             return Err(TapError::State("the encoder does not move".to_owned()));
         }
-        let sealed = core.pipeline.with_writer(core::PATIENCE, crate::log::LogWriter::seal);
+        let sealed = core
+            .pipeline
+            .with_writer(core::PATIENCE, crate::log::LogWriter::seal);
         if let Some(Err(error)) = sealed {
             return Err(error.into());
         }
@@ -362,7 +399,9 @@ impl Tap {
             // Local data must be durable all the same; what history misses is marked dirty.
             for volume in &core.volumes {
                 if volume.sync().is_err() {
-                    return Err(TapError::State("a backing could not be made durable".to_owned()));
+                    return Err(TapError::State(
+                        "a backing could not be made durable".to_owned(),
+                    ));
                 }
             }
         }
@@ -372,11 +411,15 @@ impl Tap {
     fn leave_clean_marker(&self, durable: bool) -> Result<(), TapError> {
         let core = &self.core;
         if !durable && core.queue.lock().mode == Mode::Recording {
-            return Err(TapError::State("the spool could not be made durable".to_owned()));
+            return Err(TapError::State(
+                "the spool could not be made durable".to_owned(),
+            ));
         }
         for volume in &core.volumes {
             if volume.intent.failed() {
-                return Err(TapError::State("a write-intent bitmap has failed".to_owned()));
+                return Err(TapError::State(
+                    "a write-intent bitmap has failed".to_owned(),
+                ));
             }
             let identity = volume.backing.identity().map_err(state_failed)?;
             volume
@@ -387,7 +430,8 @@ impl Tap {
                 })
                 .map_err(state_failed)?;
         }
-        core.store_state(true, (Seq(0), TimeUs(0)), |_| {}).map_err(state_failed)
+        core.store_state(true, (Seq(0), TimeUs(0)), |_| {})
+            .map_err(state_failed)
     }
 
     fn join_encoders(&self) -> bool {
@@ -444,7 +488,8 @@ fn state_failed(source: std::io::Error) -> TapError {
 fn keep(core: &TapCore) {
     while !core.is_stopping() {
         let recording = core.queue.lock().mode == Mode::Recording;
-        core.housekeeper.wait(Duration::from_millis(if recording { 1000 } else { 200 }));
+        core.housekeeper
+            .wait(Duration::from_millis(if recording { 1000 } else { 200 }));
         if core.is_stopping() {
             return;
         }

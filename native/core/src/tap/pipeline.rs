@@ -23,9 +23,7 @@ use crate::format::frame::{Digest, FrameFlags};
 use crate::format::record::{BlockPayload, Cause, Payload, Record, RecordBody};
 use crate::format::segment::{Parent, SegmentHeader};
 use crate::log::{LogEnd, LogError, LogWriter};
-use crate::types::{
-    BlockIndex, Extent, FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs,
-};
+use crate::types::{BlockIndex, Extent, FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
 
 /// What the frames of this tap have in common.
 #[derive(Debug, Clone)]
@@ -189,7 +187,9 @@ impl Pipeline {
         assembler.next_ticket += 1;
         batch.begin = None;
         batch.context = None;
-        let Some(first) = batch.entries.first() else { return };
+        let Some(first) = batch.entries.first() else {
+            return;
+        };
         if queue.is_lost(first.seq) {
             return;
         }
@@ -201,9 +201,16 @@ impl Pipeline {
                 assembler.incarnation = Some(incarnation);
             }
         }
-        let Assembler { cache, incarnation, in_span, .. } = assembler;
+        let Assembler {
+            cache,
+            incarnation,
+            in_span,
+            ..
+        } = assembler;
         // Without an incarnation the frame cannot be made; the commit stage gives up on it.
-        let Some(incarnation) = incarnation else { return };
+        let Some(incarnation) = incarnation else {
+            return;
+        };
         batch.flags = if *in_span { FrameFlags::IN_SPAN } else { 0 };
         for entry in &mut batch.entries {
             let (seq, time) = (Seq(entry.seq), TimeUs(entry.time));
@@ -224,7 +231,11 @@ impl Pipeline {
         batch.frame_no = FrameNo(incarnation.next_frame);
         batch.context = Some(Arc::clone(&incarnation.context));
         incarnation.next_frame += 1;
-        incarnation.bytes += batch.pieces.iter().map(|(_, length)| *length as u64).sum::<u64>();
+        incarnation.bytes += batch
+            .pieces
+            .iter()
+            .map(|(_, length)| *length as u64)
+            .sum::<u64>();
         let over = incarnation.bytes >= self.limits.bytes
             || incarnation.next_frame >= self.limits.frames
             || incarnation.since.elapsed() >= self.limits.age;
@@ -240,7 +251,12 @@ impl Pipeline {
         getrandom::fill(&mut id).map_err(|_| CryptoError::NoRandom)?;
         getrandom::fill(&mut salt).map_err(|_| CryptoError::NoRandom)?;
         let incarnation = IncarnationId(id);
-        let Identity { group, generation, suite, ref key } = *identity;
+        let Identity {
+            group,
+            generation,
+            suite,
+            ref key,
+        } = *identity;
         let context = FrameContext {
             group,
             generation,
@@ -261,7 +277,12 @@ impl Pipeline {
             parent: None,
         };
         let since = Instant::now();
-        let state = Incarnation { context: Arc::new(context), next_frame: 0, bytes: 0, since };
+        let state = Incarnation {
+            context: Arc::new(context),
+            next_frame: 0,
+            bytes: 0,
+            since,
+        };
         Ok((header, state))
     }
 
@@ -271,9 +292,16 @@ impl Pipeline {
         batch: &Batch,
     ) -> Result<UnlinkedFrame, Cause> {
         let context = batch.context.as_ref().ok_or(Cause::EncoderStuck)?;
-        let pieces: Vec<&[u8]> =
-            batch.pieces.iter().map(|(offset, length)| queue.bytes(*offset, *length)).collect();
-        let effort = if queue.used_bytes() > queue.capacity() / 2 { Effort::Raw } else { Effort::Lz4 };
+        let pieces: Vec<&[u8]> = batch
+            .pieces
+            .iter()
+            .map(|(offset, length)| queue.bytes(*offset, *length))
+            .collect();
+        let effort = if queue.used_bytes() > queue.capacity() / 2 {
+            Effort::Raw
+        } else {
+            Effort::Lz4
+        };
         let (no, flags) = (batch.frame_no, batch.flags);
         encoder
             .encode(context, no, flags, &batch.records, &pieces, effort)
@@ -286,7 +314,9 @@ impl Pipeline {
         commit.waiting.insert(ticket, sealed);
         loop {
             let next = commit.next_ticket;
-            let Some(sealed) = commit.waiting.remove(&next) else { return };
+            let Some(sealed) = commit.waiting.remove(&next) else {
+                return;
+            };
             commit.next_ticket += 1;
             let entries = sealed.entries;
             let in_spool = !queue.is_lost(sealed.first_seq)
@@ -303,8 +333,17 @@ impl Pipeline {
 
     fn append(&self, commit: &mut Commit, sealed: Sealed) -> Result<(), Cause> {
         let frame = sealed.frame?;
-        let Commit { writer, failed, prev, parent, .. } = commit;
-        let writer = writer.as_mut().filter(|_| !*failed).ok_or(Cause::SpoolFailed)?;
+        let Commit {
+            writer,
+            failed,
+            prev,
+            parent,
+            ..
+        } = commit;
+        let writer = writer
+            .as_mut()
+            .filter(|_| !*failed)
+            .ok_or(Cause::SpoolFailed)?;
         if writer.end().total_bytes + frame.bytes.len() as u64 > self.bytes_max {
             return Err(Cause::SpoolFull);
         }
@@ -315,14 +354,23 @@ impl Pipeline {
             cause
         };
         if let Some(header) = sealed.begin {
-            writer.begin(&SegmentHeader { parent: *parent, ..header }).map_err(&mut fail)?;
+            writer
+                .begin(&SegmentHeader {
+                    parent: *parent,
+                    ..header
+                })
+                .map_err(&mut fail)?;
             *prev = [0; 32];
         }
         let (header, bytes, digest) = frame.link(*prev);
         let end = writer.append(&bytes, true).map_err(&mut fail)?;
         *prev = digest;
         let (incarnation, frame_no) = (header.incarnation, header.frame_no);
-        *parent = Some(Parent { incarnation, frame_no, digest });
+        *parent = Some(Parent {
+            incarnation,
+            frame_no,
+            digest,
+        });
         let count = &self.published.frame_bytes;
         count.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         self.publish(end);
@@ -339,13 +387,21 @@ impl Pipeline {
     }
 
     pub fn frame_bytes(&self) -> u64 {
-        self.published.frame_bytes.load(std::sync::atomic::Ordering::Relaxed)
+        self.published
+            .frame_bytes
+            .load(std::sync::atomic::Ordering::Relaxed)
     }
 
     pub fn wait_end(&self, seen: &LogEnd, timeout: Duration) -> LogEnd {
         let deadline = Instant::now() + timeout;
         let mut end = self.published.end.lock();
-        while *end == *seen && !self.published.moved.wait_until(&mut end, deadline).timed_out() {}
+        while *end == *seen
+            && !self
+                .published
+                .moved
+                .wait_until(&mut end, deadline)
+                .timed_out()
+        {}
         end.clone()
     }
 
@@ -401,7 +457,9 @@ impl Pipeline {
 
     /// Whether the writer must be opened again. A writer that is busy counts as one that must not.
     pub fn writer_failed(&self) -> bool {
-        self.commit.try_lock_for(Duration::from_millis(100)).is_some_and(|commit| commit.failed)
+        self.commit
+            .try_lock_for(Duration::from_millis(100))
+            .is_some_and(|commit| commit.failed)
     }
 
     pub fn fail_writer(&self) {
@@ -411,7 +469,11 @@ impl Pipeline {
 
 fn parent_of(end: &LogEnd) -> Option<Parent> {
     let (incarnation, frame_no) = (end.incarnation?, end.last_frame?);
-    Some(Parent { incarnation, frame_no, digest: end.last_digest })
+    Some(Parent {
+        incarnation,
+        frame_no,
+        digest: end.last_digest,
+    })
 }
 
 /// What a failure of the spool means for history.
@@ -431,7 +493,11 @@ fn data_record(
     pieces: &mut Vec<(usize, usize)>,
 ) -> RecordBody {
     let volume = queue.volumes()[usize::from(entry.slot)].index;
-    let extent = Extent { volume, start: BlockIndex(entry.start), blocks: entry.blocks };
+    let extent = Extent {
+        volume,
+        start: BlockIndex(entry.start),
+        blocks: entry.blocks,
+    };
     match entry.kind {
         Kind::Write => {
             let payload = classify(cache, queue, entry, extent, pieces);

@@ -23,8 +23,14 @@ struct Mount {
 /// Looks at `directory` and everything below it.
 pub fn check(directory: &Path, volumes: &[VolumeConfig]) -> Result<(), TapError> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut walk = Walk { volumes, mounts: parse_mounts(&mounts), seen: BTreeSet::new() };
-    let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    let mut walk = Walk {
+        volumes,
+        mounts: parse_mounts(&mounts),
+        seen: BTreeSet::new(),
+    };
+    let directory = directory
+        .canonicalize()
+        .unwrap_or_else(|_| directory.to_owned());
     match walk.on_path(&directory) {
         Some(path) => Err(TapError::SpoolOnVolume { path }),
         None => Ok(()),
@@ -37,7 +43,9 @@ fn unescape(text: &str) -> String {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
         out.push_str(&rest[..at]);
-        let code = rest.get(at + 1..at + 4).and_then(|code| u8::from_str_radix(code, 8).ok());
+        let code = rest
+            .get(at + 1..at + 4)
+            .and_then(|code| u8::from_str_radix(code, 8).ok());
         if let Some(code) = code {
             out.push(char::from(code));
             rest = &rest[at + 4..];
@@ -62,7 +70,12 @@ fn parse_mounts(text: &str) -> Vec<Mount> {
         let point = PathBuf::from(unescape(left.nth(1)?));
         let mut right = right.split(' ');
         let kind = right.next()?.to_owned();
-        Some(Mount { device, point, kind, source: unescape(right.next()?) })
+        Some(Mount {
+            device,
+            point,
+            kind,
+            source: unescape(right.next()?),
+        })
     };
     text.lines().filter_map(parse).collect()
 }
@@ -90,7 +103,10 @@ impl Walk<'_> {
             // Not touched: the file system waits for the tap that is starting here.
             return Some(found);
         }
-        if mount.as_ref().is_some_and(|mount| mount.kind.starts_with("fuse")) {
+        if mount
+            .as_ref()
+            .is_some_and(|mount| mount.kind.starts_with("fuse"))
+        {
             return None;
         }
         let metadata = std::fs::metadata(path).ok()?;
@@ -129,7 +145,11 @@ impl Walk<'_> {
         if device.0 == 0 || !self.seen.insert(device) {
             return None;
         }
-        if let Some(volume) = self.volumes.iter().find(|v| device_of(&v.backing) == Some(device)) {
+        if let Some(volume) = self
+            .volumes
+            .iter()
+            .find(|v| device_of(&v.backing) == Some(device))
+        {
             return Some(volume.backing.clone());
         }
         let sys = PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1));
@@ -143,7 +163,11 @@ impl Walk<'_> {
         if sys.join("partition").exists() {
             below.extend(read_device(&sys.join("../dev")));
         }
-        for entry in std::fs::read_dir(sys.join("slaves")).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(sys.join("slaves"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             below.extend(read_device(&entry.path().join("dev")));
         }
         below.into_iter().find_map(|device| self.on_device(device))
@@ -191,7 +215,11 @@ mod tests {
             backing: PathBuf::from("/images/db.img"),
         }];
         let mounts = parse_mounts(MOUNTINFO);
-        let mut walk = Walk { volumes: &volumes, mounts, seen: BTreeSet::new() };
+        let mut walk = Walk {
+            volumes: &volumes,
+            mounts,
+            seen: BTreeSet::new(),
+        };
         let file = Path::new("/run/ebb tide/db");
         assert_eq!(walk.on_path(file), Some(PathBuf::from("/images/db.img")));
         assert_eq!(walk.on_path(Path::new("/run/ebb tide/other")), None);
@@ -203,7 +231,11 @@ mod tests {
         let backing = directory.path().join("image");
         std::fs::write(&backing, [0; 4096]).unwrap();
         let name = "v".to_owned();
-        let volumes = [VolumeConfig { index: crate::types::VolumeIndex(0), name, backing }];
+        let volumes = [VolumeConfig {
+            index: crate::types::VolumeIndex(0),
+            name,
+            backing,
+        }];
         check(directory.path(), &volumes).unwrap();
     }
 }

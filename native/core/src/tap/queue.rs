@@ -105,7 +105,10 @@ pub struct Reservation<'a> {
 impl Reservation<'_> {
     /// Appends bytes to the part of the ring.
     pub fn write(&mut self, data: &[u8]) {
-        assert!(self.filled + data.len() <= self.length, "a record is longer than its place");
+        assert!(
+            self.filled + data.len() <= self.length,
+            "a record is longer than its place"
+        );
         self.queue.ring.write(self.offset + self.filled, data);
         self.filled += data.len();
     }
@@ -293,7 +296,11 @@ impl Queue {
     /// in one step; the caller holds their ranges. Waits for room unless `nowait`.
     pub fn place(&self, wants: &[Want], bytes: u64, nowait: bool) -> Result<Placed<'_>, Refused> {
         let boot = self.time.boot_us();
-        let blocks: u64 = wants.iter().filter(|want| want.kind.has_payload()).map(|w| w.blocks).sum();
+        let blocks: u64 = wants
+            .iter()
+            .filter(|want| want.kind.has_payload())
+            .map(|w| w.blocks)
+            .sum();
         let length = usize::try_from(blocks).expect("invariant: at most a record") * BLOCK_SIZE;
         let mut state = self.state.lock();
         let mut waited = false;
@@ -324,11 +331,16 @@ impl Queue {
         let left_before = state.seq_limit - state.next_seq;
         let skip = state.skip(length, self.ring.len());
         state.head += skip;
-        let offset = usize::try_from(state.head % self.ring.len() as u64).expect("invariant: below");
+        let offset =
+            usize::try_from(state.head % self.ring.len() as u64).expect("invariant: below");
         let first_index = state.next_index;
         let mut at = offset;
         for want in wants {
-            let payload = if want.kind.has_payload() { want.blocks } else { 0 };
+            let payload = if want.kind.has_payload() {
+                want.blocks
+            } else {
+                0
+            };
             let payload_bytes = payload * BLOCK_SIZE as u64;
             state.head += payload_bytes;
             let index = state.next_index;
@@ -337,7 +349,9 @@ impl Queue {
             at += usize::try_from(payload_bytes).expect("invariant: at most a record");
             state.waiting_blocks += payload.max(1);
             if let Some((first, end)) = want.copied {
-                let cleared = self.volumes[usize::from(want.slot)].to_copy.clear(first, end);
+                let cleared = self.volumes[usize::from(want.slot)]
+                    .to_copy
+                    .clear(first, end);
                 state.copy_left -= cleared;
             }
             if want.kind != Kind::Resync {
@@ -399,7 +413,11 @@ impl Queue {
         let timeout = self.room.wait_until(state, deadline);
         state.room_waiters -= 1;
         if timeout.timed_out() && state.mode == Mode::Recording && state.progress == since {
-            let cause = if reserved { Cause::EncoderStuck } else { Cause::SpoolFailed };
+            let cause = if reserved {
+                Cause::EncoderStuck
+            } else {
+                Cause::SpoolFailed
+            };
             self.open_gap(state, cause);
         }
     }
@@ -479,8 +497,15 @@ impl Queue {
         if state.mode != Mode::Recording || full || !state.reserved(1, boot) {
             return None;
         }
-        self.published(state.next_index).store(true, Ordering::Release);
-        let want = Want { kind: Kind::Control, slot: 0, start: 0, blocks: 0, copied: None };
+        self.published(state.next_index)
+            .store(true, Ordering::Release);
+        let want = Want {
+            kind: Kind::Control,
+            slot: 0,
+            start: 0,
+            blocks: 0,
+            copied: None,
+        };
         let placed = state.push(&want, boot, 0, begin, Some(Box::new(body)));
         state.waiting_blocks += 1;
         if state.wakes_encoder() {
@@ -493,7 +518,11 @@ impl Queue {
     /// that must be in the spool before the answer.
     pub fn barrier(&self) -> Seq {
         let mut state = self.state.lock();
-        if state.barrier_due && self.push_control(&mut state, RecordBody::Barrier, false).is_some() {
+        if state.barrier_due
+            && self
+                .push_control(&mut state, RecordBody::Barrier, false)
+                .is_some()
+        {
             state.barrier_due = false;
         }
         Seq(state.next_seq - 1)
@@ -509,7 +538,11 @@ impl Queue {
         }
         for (position, volume) in self.volumes.iter().enumerate() {
             let (volume, size, name) = (volume.index, volume.size, volume.name.clone());
-            self.push_control(state, RecordBody::Volume { volume, size, name }, position == 0);
+            self.push_control(
+                state,
+                RecordBody::Volume { volume, size, name },
+                position == 0,
+            );
         }
         state.rollover_due = false;
         true
@@ -536,8 +569,19 @@ impl Queue {
             return false;
         }
         if let Some(gap) = state.gap.take() {
-            let OpenGap { cause, first_seq, first_time, bytes } = gap;
-            let record = RecordBody::Gap { cause, first_seq, end_seq, first_time, bytes };
+            let OpenGap {
+                cause,
+                first_seq,
+                first_time,
+                bytes,
+            } = gap;
+            let record = RecordBody::Gap {
+                cause,
+                first_seq,
+                end_seq,
+                first_time,
+                bytes,
+            };
             self.push_control(state, record, false);
             self.begin_span(state, cause);
         }
@@ -690,13 +734,22 @@ impl Queue {
         let mut next_seq = None;
         while blocks < FRAME_BLOCKS_TARGET as u64 && batch.len() < BATCH_RECORDS_MAX {
             let position = state.taken;
-            let Some(entry) = state.entries.get_mut(position) else { break };
+            let Some(entry) = state.entries.get_mut(position) else {
+                break;
+            };
             let continues = next_seq.is_none_or(|seq| seq == entry.seq && !entry.begin);
             if !continues || !self.published(entry.index).load(Ordering::Acquire) {
                 break;
             }
-            let payload = if entry.kind.has_payload() { entry.blocks } else { 0 };
-            batch.push(Entry { control: entry.control.take(), ..*entry });
+            let payload = if entry.kind.has_payload() {
+                entry.blocks
+            } else {
+                0
+            };
+            batch.push(Entry {
+                control: entry.control.take(),
+                ..*entry
+            });
             next_seq = Some(entry.seq + 1);
             blocks += payload;
             state.taken += 1;

@@ -84,7 +84,11 @@ impl RangeLock {
             self.take_word(word, mask);
             true
         });
-        RangeGuard { lock: self, start, blocks }
+        RangeGuard {
+            lock: self,
+            start,
+            blocks,
+        }
     }
 
     /// Takes the blocks if all are free.
@@ -101,7 +105,11 @@ impl RangeLock {
             free
         });
         if all {
-            return Some(RangeGuard { lock: self, start, blocks });
+            return Some(RangeGuard {
+                lock: self,
+                start,
+                blocks,
+            });
         }
         let mut left = taken;
         for_words(start, blocks, |index, mask| {
@@ -122,7 +130,11 @@ impl RangeLock {
             let old = word.load(Ordering::SeqCst);
             let held = old & want;
             // Bits below the lowest held one: what may be taken without breaking the order.
-            let take = if held == 0 { want } else { want & (lowest(held) - 1) };
+            let take = if held == 0 {
+                want
+            } else {
+                want & (lowest(held) - 1)
+            };
             if take == 0 {
                 self.wait_for(word, lowest(held));
             } else if word
@@ -189,7 +201,11 @@ mod tests {
         let before = lock.try_lock(0, 10).expect("free");
         drop((held, beside, before));
         assert!(lock.try_lock(0, WINDOW).is_some());
-        assert!(lock.words.iter().all(|word| word.load(Ordering::SeqCst) == 0));
+        assert!(
+            lock.words
+                .iter()
+                .all(|word| word.load(Ordering::SeqCst) == 0)
+        );
     }
 
     #[test]
@@ -198,7 +214,11 @@ mod tests {
         let held = lock.lock(1000, 1);
         assert!(lock.try_lock(0, 2000).is_none());
         drop(held);
-        assert!(lock.words.iter().all(|word| word.load(Ordering::SeqCst) == 0));
+        assert!(
+            lock.words
+                .iter()
+                .all(|word| word.load(Ordering::SeqCst) == 0)
+        );
     }
 
     #[test]
@@ -241,7 +261,9 @@ mod tests {
                 scope.spawn(move || {
                     let mut random = thread as u64 * 7919;
                     for _ in 0..3000 {
-                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        random = random
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1);
                         let start = (random >> 33) % 200;
                         let blocks = (random >> 50) % 56 + 1;
                         let _guard = lock.lock(start, blocks);

@@ -42,7 +42,11 @@ impl Ring {
         let part = &self.bytes[offset..offset + data.len()];
         // SAFETY: the part is in bounds, and the queue has given it to this caller alone.
         unsafe {
-            std::ptr::copy_nonoverlapping(data.as_ptr(), UnsafeCell::raw_get(part.as_ptr()), data.len());
+            std::ptr::copy_nonoverlapping(
+                data.as_ptr(),
+                UnsafeCell::raw_get(part.as_ptr()),
+                data.len(),
+            );
         }
     }
 

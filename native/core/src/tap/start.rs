@@ -13,7 +13,7 @@ use super::backing_disk::DiskBacking;
 use super::bell::Bell;
 use super::bitmap::AtomicBitmap;
 use super::clock::{Clock, SystemTimeSource, TimeSource};
-use super::core::{Keeper, TapCore};
+use super::core::{Keeper, TapCore, open_writer};
 use super::grace::Grace;
 use super::intent::{IntentBitmap, IntentHeader};
 use super::pipeline::{Identity, IncarnationLimits, Pipeline};
@@ -82,13 +82,21 @@ impl TapParts {
             placement::check(path, &config.volumes)?;
             Ok(Arc::new(directory))
         };
-        Ok(Self::with(open(&config.spool)?, open(&config.state)?, backings))
+        Ok(Self::with(
+            open(&config.spool)?,
+            open(&config.state)?,
+            backings,
+        ))
     }
 }
 
 fn io_error(path: &Path, action: &'static str) -> impl Fn(io::Error) -> TapError {
     let path = path.to_owned();
-    move |source| TapError::Io { path: path.clone(), action, source }
+    move |source| TapError::Io {
+        path: path.clone(),
+        action,
+        source,
+    }
 }
 
 /// One volume's findings.
@@ -114,7 +122,10 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
     let clean = old.as_ref().is_some_and(|state| state.clean);
 
     let old_gap = old.as_ref().and_then(|state| state.gap);
-    let mut cause = old.as_ref().and_then(|state| state.span).or(old_gap.map(|gap| gap.cause));
+    let mut cause = old
+        .as_ref()
+        .and_then(|state| state.span)
+        .or(old_gap.map(|gap| gap.cause));
     let mut volumes = Vec::new();
     let mut queued = Vec::new();
     for (slot, volume) in config.volumes.iter().enumerate() {
@@ -128,13 +139,21 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
         if to_copy.count() > 0 {
             cause = cause.or(Some(opened.cause));
         }
-        queued.push(QueueVolume { index: volume.index, name: volume.name.clone(), size, to_copy });
+        queued.push(QueueVolume {
+            index: volume.index,
+            name: volume.name.clone(),
+            size,
+            to_copy,
+        });
         let slot = u16::try_from(slot).expect("invariant: at most VOLUMES_MAX volumes");
         volumes.push(Volume::new(slot, volume.clone(), backing, opened.intent));
     }
 
     let end = writer.as_ref().map(LogWriter::end).unwrap_or_default();
-    let next_seq = old.as_ref().map_or(1, |state| state.seq_end.0).max(end.last_seq.0 + 1);
+    let next_seq = old
+        .as_ref()
+        .map_or(1, |state| state.seq_end.0)
+        .max(end.last_seq.0 + 1);
     let (boot, wall) = (parts.time.boot_us(), parts.time.wall_us());
     let floor = time_floor(old.as_ref(), &*parts.time, boot).max(end.last_time.0 + 1);
     let clock = Clock::new(boot, wall, floor);
@@ -173,7 +192,11 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
         queue,
         pipeline,
         grace: Grace::default(),
-        keeper: Mutex::new(Keeper { file: state_file, span: cause }),
+        keeper: Mutex::new(Keeper {
+            file: state_file,
+            span: cause,
+            gap_stored: false,
+        }),
         span_turn: Mutex::new(()),
         spool: Arc::clone(&parts.spool),
         time: Arc::clone(&parts.time),
@@ -195,12 +218,20 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
 fn check_config(config: &TapConfig, parts: &TapParts) -> Result<(), TapError> {
     let count = config.volumes.len();
     if count == 0 || count > VOLUMES_MAX || count != parts.backings.len() {
-        return Err(TapError::State(format!("a group has 1 to {VOLUMES_MAX} volumes")));
+        return Err(TapError::State(format!(
+            "a group has 1 to {VOLUMES_MAX} volumes"
+        )));
     }
     for (position, volume) in config.volumes.iter().enumerate() {
         let before = &config.volumes[..position];
-        if before.iter().any(|other| other.index == volume.index || other.name == volume.name) {
-            return Err(TapError::State(format!("volume {} is named twice", volume.name)));
+        if before
+            .iter()
+            .any(|other| other.index == volume.index || other.name == volume.name)
+        {
+            return Err(TapError::State(format!(
+                "volume {} is named twice",
+                volume.name
+            )));
         }
         let size = parts.backings[position].size();
         if size == 0 || size > VOLUME_BYTES_MAX {
@@ -218,16 +249,26 @@ fn open_spool(
     parts: &TapParts,
     notices: &mut Vec<String>,
 ) -> Result<(Option<LogWriter>, Option<Cause>), TapError> {
-    match LogWriter::open(Arc::clone(&parts.spool), config.group) {
+    match open_writer(&parts.spool, config.group, config.spool_bytes_max) {
         Ok((mut writer, report)) => {
             writer.promise(config.generation);
             if report.torn_bytes > 0 {
-                notices.push(format!("spool: a torn tail of {} bytes was cut", report.torn_bytes));
+                notices.push(format!(
+                    "spool: a torn tail of {} bytes was cut",
+                    report.torn_bytes
+                ));
             }
-            notices.extend(report.damage.into_iter().map(|damage| format!("spool: {damage}")));
+            notices.extend(
+                report
+                    .damage
+                    .into_iter()
+                    .map(|damage| format!("spool: {damage}")),
+            );
             Ok((Some(writer), None))
         }
-        Err(LogError::Locked) => Err(TapError::InUse { path: config.spool.clone() }),
+        Err(LogError::Locked) => Err(TapError::InUse {
+            path: config.spool.clone(),
+        }),
         Err(error @ (LogError::ForeignGroup { .. } | LogError::Fenced { .. })) => Err(error.into()),
         Err(error) => {
             notices.push(format!("spool: {error}"));
@@ -261,32 +302,53 @@ fn open_volume(
         Some(Err(error)) => {
             notices.push(format!("volume {name}: {error}; it is copied as a whole"));
             let intent = IntentBitmap::create(&*parts.state, header).map_err(&fail)?;
-            return Ok(Opened { intent, cause: Cause::UncleanStop });
+            return Ok(Opened {
+                intent,
+                cause: Cause::UncleanStop,
+            });
         }
         None => {
             let intent = IntentBitmap::create(&*parts.state, header).map_err(&fail)?;
-            return Ok(Opened { intent, cause: Cause::FirstCopy });
+            return Ok(Opened {
+                intent,
+                cause: Cause::FirstCopy,
+            });
         }
     };
     let recorded = found.header;
     if recorded.group != config.group || recorded.volume != volume.index {
-        let text = format!("the bitmap of volume {name} belongs to group {}", recorded.group);
+        let text = format!(
+            "the bitmap of volume {name} belongs to group {}",
+            recorded.group
+        );
         return Err(TapError::State(text));
     }
     if size < recorded.size {
         let path = volume.backing.clone();
-        return Err(TapError::Shrunk { path, recorded: recorded.size, found: size });
+        return Err(TapError::Shrunk {
+            path,
+            recorded: recorded.size,
+            found: size,
+        });
     }
     if found.damaged_pages > 0 {
         let pages = found.damaged_pages;
-        notices.push(format!("volume {name}: {pages} damaged pages of its bitmap count as dirty"));
+        notices.push(format!(
+            "volume {name}: {pages} damaged pages of its bitmap count as dirty"
+        ));
     }
     if size > recorded.size {
         let old = recorded.size;
         notices.push(format!("volume {name}: grew from {old} to {size} bytes"));
     }
-    let mut cause = if recorded.copied { Cause::UncleanStop } else { Cause::FirstCopy };
-    let now = backing.identity().map_err(io_error(&volume.backing, "stat"))?;
+    let mut cause = if recorded.copied {
+        Cause::UncleanStop
+    } else {
+        Cause::FirstCopy
+    };
+    let now = backing
+        .identity()
+        .map_err(io_error(&volume.backing, "stat"))?;
     if clean && recorded.clean && recorded.identity.changed(&now) {
         notices.push(format!(
             "volume {name}: the backing was changed while no tap ran; it is copied as a whole"
@@ -330,7 +392,11 @@ fn begin(
     {
         let mut state = core.queue.lock();
         state.gap = old_gap;
-        let stays_open = if core.has_key { spool_cause } else { Some(Cause::NoKey) };
+        let stays_open = if core.has_key {
+            spool_cause
+        } else {
+            Some(Cause::NoKey)
+        };
         if let Some(cause) = stays_open {
             core.queue.open_gap(&mut state, cause);
         }

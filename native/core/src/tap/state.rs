@@ -94,29 +94,56 @@ impl TapState {
 
     /// Parses one slot; returns its counter too.
     pub fn parse(bytes: &[u8]) -> Result<(Self, u64), FormatError> {
-        let field = |field, reason| FormatError::Field { what: WHAT, field, reason };
+        let field = |field, reason| FormatError::Field {
+            what: WHAT,
+            field,
+            reason,
+        };
         if bytes.len() < STATE_SLOT_LEN {
             let (need, have) = (STATE_SLOT_LEN, bytes.len());
-            return Err(FormatError::Truncated { what: WHAT, need, have });
+            return Err(FormatError::Truncated {
+                what: WHAT,
+                need,
+                have,
+            });
         }
         let u64_at = |at: usize| {
-            u64::from_le_bytes(bytes[at..at + 8].try_into().expect("invariant: eight bytes"))
+            u64::from_le_bytes(
+                bytes[at..at + 8]
+                    .try_into()
+                    .expect("invariant: eight bytes"),
+            )
         };
         let id_at = |at: usize| -> [u8; 16] {
-            bytes[at..at + 16].try_into().expect("invariant: sixteen bytes")
+            bytes[at..at + 16]
+                .try_into()
+                .expect("invariant: sixteen bytes")
         };
         let found: [u8; 8] = bytes[0..8].try_into().expect("invariant: eight bytes");
         if found != STATE_MAGIC {
-            return Err(FormatError::Magic { what: WHAT, expected: STATE_MAGIC, found });
+            return Err(FormatError::Magic {
+                what: WHAT,
+                expected: STATE_MAGIC,
+                found,
+            });
         }
         let version = u16::from_le_bytes([bytes[8], bytes[9]]);
         if version != STATE_VERSION {
             let (min, max) = (STATE_VERSION, STATE_VERSION);
-            return Err(FormatError::Version { what: WHAT, found: version, min, max });
+            return Err(FormatError::Version {
+                what: WHAT,
+                found: version,
+                min,
+                max,
+            });
         }
         let (computed, found) = (xxh3_64(&bytes[..504]), u64_at(504));
         if computed != found {
-            return Err(FormatError::Checksum { what: WHAT, computed, found });
+            return Err(FormatError::Checksum {
+                what: WHAT,
+                computed,
+                found,
+            });
         }
         let flags = u32::from_le_bytes(bytes[12..16].try_into().expect("invariant: four bytes"));
         if u16::from_le_bytes([bytes[10], bytes[11]]) != 512 {
@@ -125,7 +152,11 @@ impl TapState {
         if flags & !FLAG_CLEAN != 0 {
             return Err(field("flags", "has unknown bits"));
         }
-        if bytes[90..96].iter().chain(&bytes[120..504]).any(|byte| *byte != 0) {
+        if bytes[90..96]
+            .iter()
+            .chain(&bytes[120..504])
+            .any(|byte| *byte != 0)
+        {
             return Err(field("reserved", "is not zero"));
         }
         let span = cause_of(bytes[88]).ok_or_else(|| field("span_cause", "is unknown"))?;
@@ -180,7 +211,11 @@ impl StateFile {
             }
             written += 1;
             match TapState::parse(&bytes[..read]) {
-                Ok(found) if newest.as_ref().is_none_or(|(_, counter)| *counter < found.1) => {
+                Ok(found)
+                    if newest
+                        .as_ref()
+                        .is_none_or(|(_, counter)| *counter < found.1) =>
+                {
                     newest = Some(found);
                 }
                 Ok(_) => {}
@@ -247,7 +282,9 @@ mod tests {
             }
             file.counter += 1;
             let torn = state(6).encode(file.counter);
-            file.file.write_at(&torn, file.counter % 2 * SLOT_DISTANCE).unwrap();
+            file.file
+                .write_at(&torn, file.counter % 2 * SLOT_DISTANCE)
+                .unwrap();
             let directory = directory.crash(Loss::Random(seed));
             let (_, found) = StateFile::open(&directory).unwrap();
             let found = found.unwrap();

@@ -27,10 +27,27 @@ fn first_copy_then_writes_are_in_history() {
     device0.flush(WAITS).unwrap();
     let replay = rig.check(&tap);
     let first: Vec<&RecordBody> = replay.bodies().take(3).collect();
-    assert!(matches!(first[0], RecordBody::Volume { size: 3_145_728, .. }));
+    assert!(matches!(
+        first[0],
+        RecordBody::Volume {
+            size: 3_145_728,
+            ..
+        }
+    ));
     assert!(matches!(first[1], RecordBody::Volume { size: 5000, .. }));
-    assert!(matches!(first[2], RecordBody::SpanBegin { cause: Cause::FirstCopy }));
-    assert_eq!(replay.bodies().filter(|body| **body == RecordBody::Barrier).count(), 1);
+    assert!(matches!(
+        first[2],
+        RecordBody::SpanBegin {
+            cause: Cause::FirstCopy
+        }
+    ));
+    assert_eq!(
+        replay
+            .bodies()
+            .filter(|body| **body == RecordBody::Barrier)
+            .count(),
+        1
+    );
     tap.stop().unwrap();
     assert_eq!(device0.write(&[1], 0, WAITS), Err(DeviceError::Shutdown));
 }
@@ -42,7 +59,9 @@ fn flushed_records_are_in_the_spool_and_durable_on_the_backing() {
     settle(&tap);
     let volume = device(&tap, 0);
     for round in 0..20u8 {
-        volume.write(&[round + 1; 4096], u64::from(round) * 4096, WAITS).unwrap();
+        volume
+            .write(&[round + 1; 4096], u64::from(round) * 4096, WAITS)
+            .unwrap();
         if round % 2 == 0 {
             volume.flush(WAITS).unwrap();
         } else {
@@ -73,7 +92,9 @@ fn clean_restart_copies_nothing_and_goes_on_above() {
     device(&tap, 0).flush(WAITS).unwrap();
     let replay = rig.check(&tap);
     assert_eq!(replay.incarnations.len(), 2);
-    let spans = replay.bodies().filter(|body| matches!(body, RecordBody::SpanBegin { .. }));
+    let spans = replay
+        .bodies()
+        .filter(|body| matches!(body, RecordBody::SpanBegin { .. }));
     assert_eq!(spans.count(), 1);
 }
 
@@ -86,15 +107,23 @@ fn unclean_restart_copies_what_was_dirty_and_repeats_no_number() {
     let mut tap = Some(tap);
     for round in 0..5u8 {
         let running = tap.take().unwrap();
-        device(&running, 0).write(&[round + 1; 4096], 4096, WAITS).unwrap();
+        device(&running, 0)
+            .write(&[round + 1; 4096], 4096, WAITS)
+            .unwrap();
         let status = running.status();
         assert!(status.last_seq > last.0 && status.last_time > last.1);
         last = (status.last_seq, status.last_time);
         drop(running);
-        rig.crash(Loss::Random(u64::from(round)), Loss::Everything, Loss::Nothing);
+        rig.crash(
+            Loss::Random(u64::from(round)),
+            Loss::Everything,
+            Loss::Nothing,
+        );
         let next = rig.start();
         let replay = rig.check(&next);
-        let cause = RecordBody::SpanBegin { cause: Cause::UncleanStop };
+        let cause = RecordBody::SpanBegin {
+            cause: Cause::UncleanStop,
+        };
         assert!(replay.bodies().any(|body| *body == cause) || round == 0);
         tap = Some(next);
     }
@@ -160,17 +189,29 @@ fn nowait_does_nothing_where_it_would_wait() {
     assert_eq!(volume.flush(NOWAIT), Ok(()));
     volume.write(&[2; 4096], 4096, NOWAIT).unwrap();
     let before = (tap.status().last_seq, rig.content(0));
-    let both = crate::device::RequestFlags { fua: true, ..NOWAIT };
-    assert_eq!(volume.write(&[3; 4096], 0, both), Err(DeviceError::WouldBlock));
+    let both = crate::device::RequestFlags {
+        fua: true,
+        ..NOWAIT
+    };
+    assert_eq!(
+        volume.write(&[3; 4096], 0, both),
+        Err(DeviceError::WouldBlock)
+    );
     assert_eq!(volume.trim(0, 4096, NOWAIT), Err(DeviceError::WouldBlock));
-    assert_eq!(volume.write(&vec![3; 2 << 20], 0, NOWAIT), Err(DeviceError::WouldBlock));
+    assert_eq!(
+        volume.write(&vec![3; 2 << 20], 0, NOWAIT),
+        Err(DeviceError::WouldBlock)
+    );
     assert_eq!(before, (tap.status().last_seq, rig.content(0)));
     tap.stop().unwrap();
     drop(tap);
     // After a clean stop every region is clean: its bit needs a sync first.
     let tap = rig.start();
     let volume = device(&tap, 0);
-    assert_eq!(volume.write(&[4; 4096], 0, NOWAIT), Err(DeviceError::WouldBlock));
+    assert_eq!(
+        volume.write(&[4; 4096], 0, NOWAIT),
+        Err(DeviceError::WouldBlock)
+    );
     volume.write(&[4; 4096], 0, WAITS).unwrap();
     volume.write(&[5; 4096], 0, NOWAIT).unwrap();
     rig.check(&tap);
@@ -181,9 +222,18 @@ fn out_of_range_is_refused_and_empty_requests_are_nothing() {
     let rig = Rig::new(&[10_000]);
     let tap = rig.start();
     let volume = device(&tap, 0);
-    assert_eq!(volume.write(&[1; 2], 9999, WAITS), Err(DeviceError::OutOfRange));
-    assert_eq!(volume.trim(u64::MAX, 2, WAITS), Err(DeviceError::OutOfRange));
-    assert_eq!(volume.read(&mut [0; 1], 10_000, WAITS), Err(DeviceError::OutOfRange));
+    assert_eq!(
+        volume.write(&[1; 2], 9999, WAITS),
+        Err(DeviceError::OutOfRange)
+    );
+    assert_eq!(
+        volume.trim(u64::MAX, 2, WAITS),
+        Err(DeviceError::OutOfRange)
+    );
+    assert_eq!(
+        volume.read(&mut [0; 1], 10_000, WAITS),
+        Err(DeviceError::OutOfRange)
+    );
     volume.write(&[], 10_000, WAITS).unwrap();
     volume.zero(10_000, 0, WAITS).unwrap();
     volume.write(&[1; 10_000], 0, WAITS).unwrap();

@@ -1,5 +1,9 @@
 //! Tests of the tap as a whole, over media in memory that can lose, fill up, fail and hang.
 
 mod basics;
+mod crash;
+mod gaps;
+mod order;
 mod replay;
 mod rig;
+mod starting;

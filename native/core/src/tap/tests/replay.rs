@@ -55,7 +55,10 @@ impl Replay {
         let mut in_span = false;
         while let Some(batch) = reader.next_batch(end, 1 << 20).unwrap() {
             if let Some(header) = &batch.header {
-                if current.as_ref().is_none_or(|(id, _)| *id != header.incarnation) {
+                if current
+                    .as_ref()
+                    .is_none_or(|(id, _)| *id != header.incarnation)
+                {
                     let suite = Suite::try_from(header.suite).unwrap();
                     let id = header.incarnation;
                     let derived = IncarnationKey::derive(suite, key, group, id, &header.salt);
@@ -96,13 +99,29 @@ impl Replay {
             let placed = placed.unwrap();
             let record = placed.record;
             if let Some((last, _)) = self.records.last() {
-                assert!(last.seq < record.seq, "{:?} after {:?}", record.seq, last.seq);
-                assert!(last.time < record.time, "{:?} after {:?}", record.time, last.time);
+                assert!(
+                    last.seq < record.seq,
+                    "{:?} after {:?}",
+                    record.seq,
+                    last.seq
+                );
+                assert!(
+                    last.time < record.time,
+                    "{:?} after {:?}",
+                    record.time,
+                    last.time
+                );
             }
             let mut contents = Vec::new();
             match &record.body {
-                RecordBody::Write { extent, payload: how }
-                | RecordBody::Resync { extent, payload: how } => {
+                RecordBody::Write {
+                    extent,
+                    payload: how,
+                }
+                | RecordBody::Resync {
+                    extent,
+                    payload: how,
+                } => {
                     let mut at = placed.payload_block as usize * BLOCK_SIZE;
                     for index in 0..extent.blocks {
                         let block = (extent.volume.0, extent.start.0 + index);
@@ -120,7 +139,9 @@ impl Replay {
                                 let write = matches!(record.body, RecordBody::Write { .. });
                                 assert!(write, "a copy must be complete in itself");
                                 self.same += 1;
-                                held.get(&block).expect("Same names this incarnation").clone()
+                                held.get(&block)
+                                    .expect("Same names this incarnation")
+                                    .clone()
                             }
                         };
                         held.insert(block, content.clone());
@@ -172,7 +193,10 @@ impl Replay {
                 _ => {}
             }
         }
-        assert!(image[size as usize..].iter().all(|byte| *byte == 0), "padding is zero");
+        assert!(
+            image[size as usize..].iter().all(|byte| *byte == 0),
+            "padding is zero"
+        );
         image.truncate(size as usize);
         image
     }
@@ -183,11 +207,13 @@ impl Replay {
 
     /// Whether an inconsistent span is open at the end.
     pub fn in_span(&self) -> bool {
-        self.records.iter().fold(false, |open, (record, _)| match record.body {
-            RecordBody::SpanBegin { .. } => true,
-            RecordBody::SpanEnd => false,
-            _ => open,
-        })
+        self.records
+            .iter()
+            .fold(false, |open, (record, _)| match record.body {
+                RecordBody::SpanBegin { .. } => true,
+                RecordBody::SpanEnd => false,
+                _ => open,
+            })
     }
 
     pub fn bodies(&self) -> impl Iterator<Item = &RecordBody> {
@@ -198,7 +224,10 @@ impl Replay {
 fn payload_of(key: &IncarnationKey, header: &FrameHeader, frame: &[u8]) -> Vec<u8> {
     let map = FrameMap::parse(frame).unwrap();
     map.authenticate(key).unwrap();
-    let source = OneFrame { map: Arc::new(map), bytes: frame };
+    let source = OneFrame {
+        map: Arc::new(map),
+        bytes: frame,
+    };
     let mut payload = Vec::new();
     let mut raw = Vec::new();
     for cell in 0..(header.payload_blocks as usize).div_ceil(CELL_BLOCKS) {

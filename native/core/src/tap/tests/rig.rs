@@ -16,9 +16,21 @@ use crate::tap::{
 use crate::types::{Generation, GroupId, VolumeIndex};
 
 pub const GROUP: GroupId = GroupId([0x47; 16]);
-pub const WAITS: RequestFlags = RequestFlags { fua: false, nowait: false, no_hole: false };
-pub const FUA: RequestFlags = RequestFlags { fua: true, nowait: false, no_hole: false };
-pub const NOWAIT: RequestFlags = RequestFlags { fua: false, nowait: true, no_hole: false };
+pub const WAITS: RequestFlags = RequestFlags {
+    fua: false,
+    nowait: false,
+    no_hole: false,
+};
+pub const FUA: RequestFlags = RequestFlags {
+    fua: true,
+    nowait: false,
+    no_hole: false,
+};
+pub const NOWAIT: RequestFlags = RequestFlags {
+    fua: false,
+    nowait: true,
+    no_hole: false,
+};
 
 pub fn key() -> GroupKey {
     GroupKey([0x4b; 32])
@@ -35,7 +47,11 @@ pub struct ManualTime {
 impl Default for ManualTime {
     fn default() -> Self {
         let wall_us = AtomicU64::new(1_700_000_000_000_000);
-        Self { start: Instant::now(), wall_us, boot: AtomicU64::new(1) }
+        Self {
+            start: Instant::now(),
+            wall_us,
+            boot: AtomicU64::new(1),
+        }
     }
 }
 
@@ -66,13 +82,19 @@ pub struct Rig {
     pub checkpoint: Duration,
     pub incarnation: IncarnationLimits,
     pub key: Option<GroupKey>,
+    /// Between tap and media, for faults.
+    pub spool_through: Option<Arc<dyn Directory>>,
+    pub disk_through: Option<Arc<dyn Directory>>,
 }
 
 impl Rig {
     pub fn new(sizes: &[u64]) -> Self {
         let disk = MemoryDirectory::new();
         for (index, size) in sizes.iter().enumerate() {
-            disk.place(&format!("volume{index}"), &vec![0; usize::try_from(*size).unwrap()]);
+            disk.place(
+                &format!("volume{index}"),
+                &vec![0; usize::try_from(*size).unwrap()],
+            );
         }
         Self {
             spool: MemoryDirectory::new(),
@@ -86,6 +108,8 @@ impl Rig {
             checkpoint: Duration::from_secs(3600),
             incarnation: IncarnationLimits::default(),
             key: Some(key()),
+            spool_through: None,
+            disk_through: None,
         }
     }
 
@@ -97,7 +121,10 @@ impl Rig {
         };
         TapConfig {
             group: GROUP,
-            generation: Generation { counter: 1, site: 1 },
+            generation: Generation {
+                counter: 1,
+                site: 1,
+            },
             suite: Suite::Aes256Gcm,
             key: self.key.clone(),
             volumes: (0..self.sizes.len()).map(volume).collect(),
@@ -110,13 +137,23 @@ impl Rig {
     }
 
     pub fn backing(&self, index: usize) -> Arc<dyn Backing> {
-        let file = self.disk.open(&format!("volume{index}"), true).unwrap();
+        let name = format!("volume{index}");
+        let file = match &self.disk_through {
+            Some(directory) => directory.open(&name, true).unwrap(),
+            None => self.disk.open(&name, true).unwrap(),
+        };
         Arc::new(StorageBacking::new(file).unwrap())
     }
 
     pub fn parts(&self) -> TapParts {
-        let backings = (0..self.sizes.len()).map(|index| self.backing(index)).collect();
-        let (spool, state) = (Arc::new(self.spool.clone()), Arc::new(self.state.clone()));
+        let backings = (0..self.sizes.len())
+            .map(|index| self.backing(index))
+            .collect();
+        let spool = self
+            .spool_through
+            .clone()
+            .unwrap_or_else(|| Arc::new(self.spool.clone()));
+        let state = Arc::new(self.state.clone());
         let mut parts = TapParts::with(spool, state, backings);
         parts.time = Arc::clone(&self.time) as Arc<dyn TimeSource>;
         parts.queue_bytes = self.queue_bytes;
@@ -134,11 +171,13 @@ impl Rig {
         Tap::start_with(self.config(), self.parts())
     }
 
-    /// What a power cut leaves: each medium loses on its own.
+    /// What a power cut leaves: each medium loses on its own. May be called while a tap runs. The
+    /// disk goes first: what the tap still does to state and spool afterwards it could have done
+    /// before, as no write to the disk can follow.
     pub fn crash(&mut self, spool: Loss, state: Loss, disk: Loss) {
-        self.spool = self.spool.crash(spool);
-        self.state = self.state.crash(state);
         self.disk = self.disk.crash(disk);
+        self.state = self.state.crash(state);
+        self.spool = self.spool.crash(spool);
     }
 
     pub fn content(&self, index: usize) -> Vec<u8> {

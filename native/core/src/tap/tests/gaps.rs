@@ -1,0 +1,402 @@
+//! Invariant 3, replication never stops production: a spool that is full, fails or hangs, and a key
+//! that is missing, cost a named gap, never local I/O; afterwards history is complete again.
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::replay::Replay;
+use super::rig::{FUA, Rig, WAITS, device, eventually, settle};
+use crate::device::DeviceError;
+use crate::format::record::{Cause, RecordBody};
+use crate::log::LogPosition;
+use crate::storage::{Directory, Fault, FaultyDirectory, File, Loss};
+use crate::tap::Tap;
+
+const SIZE: u64 = 6 << 20;
+
+/// Bytes that neither compress nor repeat.
+fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..length / 8).flat_map(|_| next().to_le_bytes()).collect()
+}
+
+fn gaps(replay: &Replay) -> Vec<Cause> {
+    let cause = |body: &RecordBody| match body {
+        RecordBody::Gap {
+            cause,
+            first_seq,
+            end_seq,
+            ..
+        } => {
+            assert!(first_seq < end_seq, "a gap has a size");
+            Some(*cause)
+        }
+        _ => None,
+    };
+    replay.bodies().filter_map(cause).collect()
+}
+
+/// The GAP is at the head of an incarnation and its span follows at once.
+fn check_gap(replay: &Replay, cause: Cause) {
+    assert_eq!(gaps(replay), [cause]);
+    let bodies: Vec<&RecordBody> = replay.bodies().collect();
+    let at = bodies
+        .iter()
+        .position(|body| matches!(body, RecordBody::Gap { .. }))
+        .unwrap();
+    assert!(matches!(bodies[at - 1], RecordBody::Volume { .. }));
+    assert_eq!(*bodies[at + 1], RecordBody::SpanBegin { cause });
+    let RecordBody::Gap {
+        first_seq, end_seq, ..
+    } = bodies[at]
+    else {
+        unreachable!()
+    };
+    let inside = replay
+        .records
+        .iter()
+        .filter(|(r, _)| (*first_seq..*end_seq).contains(&r.seq));
+    assert_eq!(inside.count(), 0, "nothing inside a gap is in history");
+}
+
+fn release_all(tap: &Tap) {
+    let end = tap.log_end();
+    let (Some(incarnation), Some(last)) = (end.incarnation, end.last_frame) else {
+        return;
+    };
+    let next_frame = crate::types::FrameNo(last.0 + 1);
+    tap.release(&LogPosition {
+        incarnation,
+        next_frame,
+    })
+    .unwrap();
+}
+
+#[test]
+fn full_spool_costs_a_gap_and_recovers_when_targets_have_it() {
+    let mut rig = Rig::new(&[SIZE]);
+    rig.spool_bytes_max = 3 << 20;
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    for round in 0..60u64 {
+        volume
+            .write(&noise(100_000, round), round % 50 * 100_001, WAITS)
+            .unwrap();
+        if round % 8 == 0 {
+            volume.flush(WAITS).unwrap();
+        }
+    }
+    eventually("a gap", || tap.status().mode == "extents-only");
+    assert_eq!(tap.status().gap_cause, Some("spool-full"));
+    assert!(tap.log_end().total_bytes <= 3 << 20);
+    assert!(tap.bookmark("inside").is_err());
+    volume.write(&[1; 4096], 0, FUA).unwrap();
+    let before = rig.replay(&tap);
+    assert!(
+        !before.in_span() && gaps(&before).is_empty(),
+        "what was kept is contiguous"
+    );
+    // Each release makes room for a part of the copy; it may overflow again before it is through.
+    eventually("the end of the span", || {
+        release_all(&tap);
+        std::thread::sleep(Duration::from_millis(30));
+        let status = tap.status();
+        status.mode == "recording" && !status.in_span
+    });
+    drop(before);
+    tap.bookmark("after").unwrap();
+    tap.stop().unwrap();
+}
+
+#[test]
+fn no_space_on_the_medium_is_a_gap_and_history_is_whole_afterwards() {
+    let mut rig = Rig::new(&[SIZE]);
+    let faulty = Arc::new(FaultyDirectory::new(Arc::new(rig.spool.clone())));
+    rig.spool_through = Some(Arc::clone(&faulty) as Arc<dyn Directory>);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    volume.write(&noise(500_000, 1), 0, FUA).unwrap();
+    faulty.limit_space(300_000);
+    for round in 0..20u64 {
+        volume
+            .write(&noise(200_000, round), round * 200_000, WAITS)
+            .unwrap();
+    }
+    volume.flush(WAITS).unwrap();
+    assert_eq!(tap.status().gap_cause, Some("spool-full"));
+    faulty.heal();
+    let replay = rig.check(&tap);
+    check_gap(&replay, Cause::SpoolFull);
+    assert_eq!(tap.status().gap_cause, None);
+}
+
+#[test]
+fn failing_spool_is_opened_again() {
+    let mut rig = Rig::new(&[SIZE]);
+    let faulty = Arc::new(FaultyDirectory::new(Arc::new(rig.spool.clone())));
+    rig.spool_through = Some(Arc::clone(&faulty) as Arc<dyn Directory>);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    volume.write(&noise(500_000, 1), 0, FUA).unwrap();
+    faulty.fail_change(1, Fault::Error);
+    for round in 0..20u64 {
+        volume
+            .write(&noise(200_000, round), round * 200_000, WAITS)
+            .unwrap();
+        volume.flush(WAITS).unwrap();
+    }
+    let replay = rig.check(&tap);
+    check_gap(&replay, Cause::SpoolFailed);
+}
+
+/// Writes hang while the gate is shut.
+#[derive(Debug, Default)]
+struct Gate {
+    shut: Mutex<bool>,
+    opened: Condvar,
+}
+
+#[derive(Debug)]
+struct GatedDirectory {
+    inner: Arc<dyn Directory>,
+    gate: Arc<Gate>,
+}
+
+#[derive(Debug)]
+struct GatedFile {
+    inner: Arc<dyn File>,
+    gate: Arc<Gate>,
+}
+
+impl GatedDirectory {
+    fn wrap(&self, inner: Arc<dyn File>) -> Arc<dyn File> {
+        Arc::new(GatedFile {
+            inner,
+            gate: Arc::clone(&self.gate),
+        })
+    }
+}
+
+impl Directory for GatedDirectory {
+    fn create(&self, name: &str) -> io::Result<Arc<dyn File>> {
+        Ok(self.wrap(self.inner.create(name)?))
+    }
+    fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn File>> {
+        Ok(self.wrap(self.inner.open(name, writable)?))
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.inner.rename(from, to)
+    }
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.inner.remove(name)
+    }
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.inner.list()
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.inner.free_bytes()
+    }
+    fn lock(&self, name: &str, exclusive: bool) -> io::Result<Box<dyn Send + Sync + Debug>> {
+        self.inner.lock(name, exclusive)
+    }
+}
+
+impl File for GatedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        let mut shut = self.gate.shut.lock();
+        while *shut {
+            self.gate.opened.wait(&mut shut);
+        }
+        drop(shut);
+        self.inner.write_at(data, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.inner.sync_data()
+    }
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.inner.set_len(length)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+}
+
+#[test]
+fn stuck_encoder_never_holds_local_io_for_long() {
+    let mut rig = Rig::new(&[SIZE]);
+    let gate = Arc::new(Gate::default());
+    let inner: Arc<dyn Directory> = Arc::new(rig.spool.clone());
+    rig.spool_through = Some(Arc::new(GatedDirectory {
+        inner,
+        gate: Arc::clone(&gate),
+    }));
+    rig.queue_bytes = 4 << 20;
+    rig.stuck = Duration::from_millis(200);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    *gate.shut.lock() = true;
+    let started = Instant::now();
+    let nowait = super::rig::NOWAIT;
+    let mut would_block = 0;
+    for round in 0..100u64 {
+        let (data, offset) = (noise(100_000, round), round % 50 * 100_001);
+        match volume.write(&data, offset, nowait) {
+            Ok(()) => {}
+            Err(DeviceError::WouldBlock) => {
+                would_block += 1;
+                volume.write(&data, offset, WAITS).unwrap();
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    volume.flush(WAITS).unwrap();
+    assert!(would_block > 0, "the queue was full");
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(tap.status().mode, "extents-only");
+    assert_eq!(tap.status().gap_cause, Some("encoder-stuck"));
+    *gate.shut.lock() = false;
+    gate.opened.notify_all();
+    let replay = rig.check(&tap);
+    check_gap(&replay, Cause::EncoderStuck);
+}
+
+#[test]
+fn flush_alone_is_released_when_the_spool_hangs() {
+    let mut rig = Rig::new(&[SIZE]);
+    let gate = Arc::new(Gate::default());
+    let inner: Arc<dyn Directory> = Arc::new(rig.spool.clone());
+    rig.spool_through = Some(Arc::new(GatedDirectory {
+        inner,
+        gate: Arc::clone(&gate),
+    }));
+    rig.stuck = Duration::from_millis(200);
+    let tap = rig.start();
+    settle(&tap);
+    *gate.shut.lock() = true;
+    device(&tap, 0).write(&[1; 4096], 0, WAITS).unwrap();
+    device(&tap, 0).flush(WAITS).unwrap();
+    assert_eq!(tap.status().mode, "extents-only");
+    *gate.shut.lock() = false;
+    gate.opened.notify_all();
+    rig.check(&tap);
+}
+
+#[test]
+fn without_a_key_extents_are_kept_and_made_good_with_it() {
+    for clean in [true, false] {
+        let mut rig = Rig::new(&[SIZE]);
+        let tap = rig.start();
+        settle(&tap);
+        device(&tap, 0).write(&noise(100_000, 5), 0, WAITS).unwrap();
+        tap.stop().unwrap();
+        drop(tap);
+        let key = rig.key.take();
+        let tap = rig.start();
+        let volume = device(&tap, 0);
+        volume.write(&noise(100_000, 6), 1_500_000, WAITS).unwrap();
+        volume.flush(WAITS).unwrap();
+        let status = tap.status();
+        assert_eq!(
+            (status.mode, status.gap_cause),
+            ("extents-only", Some("no-key"))
+        );
+        if clean {
+            tap.stop().unwrap();
+            drop(tap);
+        } else {
+            drop(tap);
+            rig.crash(Loss::Everything, Loss::Everything, Loss::Nothing);
+        }
+        rig.key = key;
+        let tap = rig.start();
+        let replay = rig.check(&tap);
+        check_gap(&replay, Cause::NoKey);
+        tap.stop().unwrap();
+    }
+}
+
+#[test]
+fn failed_backing_write_is_an_error_and_history_follows_the_backing() {
+    let mut rig = Rig::new(&[SIZE]);
+    let faulty = Arc::new(FaultyDirectory::new(Arc::new(rig.disk.clone())));
+    rig.disk_through = Some(Arc::clone(&faulty) as Arc<dyn Directory>);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    volume.write(&noise(8192, 1), 0, WAITS).unwrap();
+    faulty.fail_change(1, Fault::Short);
+    assert_eq!(
+        volume.write(&noise(8192, 2), 0, WAITS),
+        Err(DeviceError::Io(libc::EIO))
+    );
+    let replay = rig.check(&tap);
+    assert!(
+        replay
+            .bodies()
+            .any(|body| matches!(body, RecordBody::Resync { .. }))
+    );
+    // The read back fails too: a span says that the region is not known.
+    faulty.fail_change(1, Fault::Short);
+    faulty.fail_read(1);
+    assert_eq!(
+        volume.write(&noise(8192, 3), 0, WAITS),
+        Err(DeviceError::Io(libc::EIO))
+    );
+    eventually("a span", || {
+        rig.replay(&tap).bodies().any(|body| {
+            *body
+                == RecordBody::SpanBegin {
+                    cause: Cause::BackingError,
+                }
+        })
+    });
+    rig.check(&tap);
+}
+
+#[test]
+fn failed_sync_of_the_backing_is_not_forgotten() {
+    let mut rig = Rig::new(&[SIZE]);
+    let faulty = Arc::new(FaultyDirectory::new(Arc::new(rig.disk.clone())));
+    rig.disk_through = Some(Arc::clone(&faulty) as Arc<dyn Directory>);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    volume.write(&[1; 4096], 0, WAITS).unwrap();
+    faulty.fail_change(1, Fault::Error);
+    assert_eq!(volume.flush(WAITS), Err(DeviceError::Io(libc::EIO)));
+    assert_eq!(
+        volume.flush(WAITS),
+        Err(DeviceError::Io(libc::EIO)),
+        "not retried"
+    );
+    volume.write(&[2; 4096], 0, WAITS).unwrap();
+    assert!(tap.stop().is_err(), "no clean marker");
+    drop(tap);
+    let tap = rig.start();
+    assert!(tap.status().in_span || tap.status().dirty_regions > 0);
+    rig.check(&tap);
+}
