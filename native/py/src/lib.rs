@@ -3,6 +3,7 @@
 
 mod directory;
 mod errors;
+mod history;
 mod log;
 mod position;
 mod process;
@@ -19,6 +20,8 @@ mod _native {
 
     #[pymodule_export]
     use super::errors::NativeError;
+    #[pymodule_export]
+    use super::history::{PyHistory, PyHistoryView, PyRestore, PyTimeline};
     #[pymodule_export]
     use super::log::{PyBatch, PyJournal, PyLogReader, PySyncHandle};
     #[pymodule_export]

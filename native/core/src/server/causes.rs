@@ -6,6 +6,7 @@ use crate::index::HistoryError;
 use crate::log::LogError;
 use crate::storage::is_full;
 use crate::tap::TapError;
+use crate::view::restore::RestoreError;
 
 impl From<LogError> for Failure {
     fn from(error: LogError) -> Self {
@@ -142,26 +143,56 @@ impl From<TapError> for Failure {
 
 impl From<HistoryError> for Failure {
     fn from(error: HistoryError) -> Self {
+        const SPAN: &str = "ebb points shows the span that can be opened";
         let message = error.to_string();
-        let hint = match error {
+        let (code, hint) = match error {
             HistoryError::Log(error) => return error.into(),
-            HistoryError::BeforeHorizon { .. }
-            | HistoryError::InFuture { .. }
-            | HistoryError::SeqOutside { .. } => "ebb points shows the span that can be opened",
+            HistoryError::BeforeHorizon { .. } => ("before-horizon", SPAN),
+            HistoryError::InFuture { .. } => ("in-future", SPAN),
+            HistoryError::SeqOutside { .. } => ("no-point", SPAN),
             HistoryError::Overlay { source, .. } => {
                 let failure = Self::from(source);
                 return Self { message, ..failure };
             }
-            HistoryError::InsideSpan { .. } => {
-                "without --exact the last consistent point before it is opened"
-            }
-            HistoryError::NoBookmark(_) => "ebb points lists the bookmarks",
-            HistoryError::Empty => "wait until the first copy is complete; see ebb status",
+            HistoryError::InsideSpan { .. } => (
+                "inside-span",
+                "without --exact the last consistent point before it is opened",
+            ),
+            HistoryError::NoBookmark(_) => ("no-bookmark", "ebb points lists the bookmarks"),
+            HistoryError::Empty => (
+                "no-point",
+                "wait until the first copy is complete; see ebb status",
+            ),
             HistoryError::NoVolume(_) => {
                 let hint = "ebb status lists the volumes";
                 return Self::new("not-found", ExitCode::NotFound, message, hint);
             }
         };
-        Self::new("no-point", ExitCode::NoPoint, message, hint)
+        Self::new(code, ExitCode::NoPoint, message, hint)
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        let message = error.to_string();
+        match error {
+            RestoreError::Io { action, source } => Self {
+                message,
+                ..Self::io(action, &source)
+            },
+            RestoreError::History { .. } => Self::new(
+                "damaged",
+                ExitCode::Damaged,
+                message,
+                "history or its key is damaged there; the log of the agent has the place",
+            ),
+            RestoreError::TooSmall { .. } => Self::new(
+                "too-small",
+                ExitCode::Usage,
+                message,
+                "name a device that is at least as large",
+            ),
+            RestoreError::Cancelled => Self::state("cancelled", message, "repeat it to go on"),
+        }
     }
 }

@@ -8,6 +8,7 @@ mod cells;
 mod device;
 mod overlay;
 pub mod presence;
+pub mod restore;
 
 #[cfg(test)]
 mod tests;
