@@ -6,6 +6,7 @@ environment's path.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from functools import cache
@@ -62,12 +63,10 @@ class Client:
 
     def close(self) -> None:
         """End the connection; harmless if the server is gone."""
-        try:
+        with contextlib.suppress(self._module.Error):
             self.handle.shutdown()
-        except self._module.Error:
-            pass
-        finally:
-            self.handle.close()
+        # The module closes a handle when its last reference goes.
+        del self.handle
 
     def pread(self, length: int, offset: int) -> bytes:
         return bytes(self.handle.pread(length, offset))
@@ -95,16 +94,20 @@ class Client:
         self, kind: str, data: bytes, length: int, offset: int, done: Callable[[int], int]
     ) -> None:
         """Queue one asynchronous request; `done` gets 0 or an errno."""
+
+        def completed(error: Any) -> int:
+            return done(error.value)
+
         match kind:
             case "write":
                 buffer = self._module.Buffer.from_bytearray(bytearray(data))
-                self.handle.aio_pwrite(buffer, offset, done)
+                self.handle.aio_pwrite(buffer, offset, completed)
             case "zero":
-                self.handle.aio_zero(length, offset, done)
+                self.handle.aio_zero(length, offset, completed)
             case "trim":
-                self.handle.aio_trim(length, offset, done)
+                self.handle.aio_trim(length, offset, completed)
             case "flush":
-                self.handle.aio_flush(done)
+                self.handle.aio_flush(completed)
             case _:
                 raise ValueError(kind)
 

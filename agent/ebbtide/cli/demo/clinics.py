@@ -188,7 +188,6 @@ class SocketClinic(Clinic):
 
     def accident(self) -> None:
         self._database.executescript(ACCIDENT)
-        self._database.execute("DELETE FROM images")
         self._append()
         device = self._connected()
         for offset in range(0, self._offset, 1 << 20):

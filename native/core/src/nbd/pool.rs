@@ -9,11 +9,14 @@ use parking_lot::{Condvar, Mutex};
 use super::connection::{Admission, Channel};
 use super::reply::Replies;
 use super::transmission::{Request, execute, reply_len_max};
+use crate::constants::NBD_PAYLOAD_MAX;
 
-/// Length of the buffers that are kept for reuse; longer ones are made for their request.
-pub(super) const BUFFER_LEN: usize = 256 * 1024;
-/// Buffers kept when nobody uses them.
-const BUFFERS_MAX: usize = 32;
+/// Lengths of buffers, and how many of each are kept while nobody uses them: a fresh large buffer
+/// costs a page fault for every 4 KiB. The last holds the largest request and its header.
+const BUFFER_CLASSES: [(usize, usize); 3] =
+    [(256 << 10, 32), (2 << 20, 4), (NBD_PAYLOAD_MAX + 4096, 1)];
+/// Buffers made ahead, so that the first requests under memory pressure find some.
+const BUFFERS_AHEAD: usize = 8;
 
 /// A request on its way to a thread that may wait.
 #[derive(Debug)]
@@ -38,7 +41,7 @@ struct Queue {
 pub(super) struct Pool {
     queue: Mutex<Queue>,
     ready: Condvar,
-    buffers: Mutex<Vec<Vec<u8>>>,
+    buffers: [Mutex<Vec<Vec<u8>>>; BUFFER_CLASSES.len()],
     threads: Mutex<Vec<JoinHandle<()>>>,
     threads_wanted: usize,
 }
@@ -46,16 +49,20 @@ pub(super) struct Pool {
 impl Pool {
     pub(super) fn new(threads: usize) -> Self {
         assert!(threads > 0);
-        Self {
+        let pool = Self {
             queue: Mutex::new(Queue {
                 jobs: VecDeque::with_capacity(1024),
                 closed: false,
             }),
             ready: Condvar::new(),
-            buffers: Mutex::new((0..BUFFERS_MAX / 4).map(|_| vec![0; BUFFER_LEN]).collect()),
+            buffers: BUFFER_CLASSES.map(|(_, kept)| Mutex::new(Vec::with_capacity(kept))),
             threads: Mutex::default(),
             threads_wanted: threads,
+        };
+        for _ in 0..BUFFERS_AHEAD {
+            pool.give_buffer(vec![0; BUFFER_CLASSES[0].0]);
         }
+        pool
     }
 
     /// Starts the threads, once.
@@ -90,16 +97,19 @@ impl Pool {
 
     /// A buffer of at least `length` bytes with any content.
     pub(super) fn take_buffer(&self, length: usize) -> Vec<u8> {
-        if length > BUFFER_LEN {
-            return vec![0; length];
-        }
-        let kept = self.buffers.lock().pop();
-        kept.unwrap_or_else(|| vec![0; BUFFER_LEN])
+        let class = BUFFER_CLASSES.iter().position(|(size, _)| length <= *size);
+        let class = class.expect("invariant: requests are limited");
+        let kept = self.buffers[class].lock().pop();
+        kept.unwrap_or_else(|| vec![0; BUFFER_CLASSES[class].0])
     }
 
     pub(super) fn give_buffer(&self, buffer: Vec<u8>) {
-        let mut buffers = self.buffers.lock();
-        if buffer.len() == BUFFER_LEN && buffers.len() < BUFFERS_MAX {
+        let class = BUFFER_CLASSES
+            .iter()
+            .position(|(size, _)| buffer.len() == *size);
+        let class = class.expect("invariant: it was taken here");
+        let mut buffers = self.buffers[class].lock();
+        if buffers.len() < BUFFER_CLASSES[class].1 {
             buffers.push(buffer);
         }
     }

@@ -90,7 +90,14 @@ impl FuseFront {
         if !server.wait_initialized(INIT_TIMEOUT) {
             return Err(Failure::internal("the kernel did not finish FUSE's INIT"));
         }
-        let status = link.initialized()?;
+        // A holder that died just now must not cost the mount: we have its only descriptor, and the
+        // next holder gets it back.
+        let status = link.initialized().unwrap_or(HolderStatus {
+            initialized: true,
+            handed_out: true,
+            served: true,
+            ..status
+        });
         *serving = Some(Serving {
             server,
             link,
