@@ -122,6 +122,7 @@ class Product:
         )
         self._normal_helpers()
         if wait:
+            self.wait_copied(group)
             self.settle(group)
 
     def drop(self, group: str) -> None:
@@ -146,10 +147,18 @@ class Product:
     def durable_seq(self, group: str) -> int:
         return int(self._stack.target.target(group).durable_seq)
 
-    def copying(self, group: str) -> bool:
-        """A first copy is under way: regions are left, or its span is open."""
-        tap = self._stack.source.source(group).tap
-        return bool(tap.copy_regions_left or tap.in_span)
+    def wait_copied(self, group: str, within_s: float = 600) -> None:
+        """Wait until no region is left to copy and no span is open."""
+        begun, begun_us = time.monotonic(), time.time_ns() // 1000
+        while True:
+            found = self._stack.source.source(group)
+            copying = found.tap.copy_regions_left or found.tap.in_span
+            # What the tap said before the copier began proves nothing.
+            if found.tap_at_us > begun_us + 200_000 and not copying:
+                return
+            if time.monotonic() - begun > within_s:
+                raise UnavailableError(f"the first copy did not end within {within_s:.0f} s")
+            time.sleep(0.01)
 
     def settle(self, group: str, within_s: float = 300) -> float:
         """Wait until the target holds durably what the tap has numbered; seconds that it took."""
