@@ -129,12 +129,11 @@ def throughput(bench: Bench, suffix: str) -> list[Row]:
     peers_image = bench.image("peers", pages)
     images = {suite: bench.image(f"ours{suite.suffix}", pages) for suite in SUITES}
     rows: list[Row] = []
-    (bench.work / "stack").mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         product: Product | None = None
         reason = ""
         try:
-            product = stack.enter_context(Product.run(bench.work / "stack"))
+            product = stack.enter_context(Product.run(bench.work))
         except NOT_MEASURED as error:
             reason = reason_of(error)
         for case in bench.cases():
@@ -337,11 +336,10 @@ def lag(bench: Bench) -> list[Row]:
         return took
 
     rows: list[Row] = []
-    (bench.work / "lag").mkdir(exist_ok=True)
     for suite in SUITES:
         names = {p: f"capture.lag_p{p}_ms{suite.suffix}" for p in (50, 99)}
         try:
-            with Product.run(bench.work / "lag") as product:
+            with Product.run(bench.work) as product:
                 image = bench.image("lag", pages)
                 with protected(product, "lag", image, suite):
                     sides = {
@@ -436,7 +434,7 @@ def initial_copy(bench: Bench) -> list[Row]:
 def copy_mb_s(bench: Bench, pages: data.Pages, suite: Suite) -> float:
     image = bench.work / "copy.img"
     data.fill_image(image, pages, bench.scale.copy)
-    with tempfile.TemporaryDirectory(dir=bench.work) as name, Product.run(Path(name)) as product:
+    with Product.run(bench.work) as product:
         group = group_name("copy", suite)
         begun = time.monotonic()
         product.protect(group, image, suite, copy=True, wait=False)
@@ -455,9 +453,8 @@ def view_open(bench: Bench) -> list[Row]:
     """Control request to first 4 KiB read, with many records in the journal."""
     name = "capture.view_open_1m_s"
     pages = data.database_pages(bench.cache, bench.scale.pages)
-    (bench.work / "view").mkdir(exist_ok=True)
     try:
-        with Product.run(bench.work / "view") as product:
+        with Product.run(bench.work) as product:
             image = bench.image("view", pages)
             with protected(product, "view", image, AES_256_GCM):
                 group = group_name("view", AES_256_GCM)

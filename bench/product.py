@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,19 @@ class Product:
 
     @classmethod
     @contextlib.contextmanager
-    def run(cls, directory: Path) -> Iterator[Product]:
-        """Start both agents; raises UnavailableError if they do not come up."""
+    def run(cls, work: Path) -> Iterator[Product]:
+        """Start both agents in a new directory; raises UnavailableError if they do not come up."""
         try:
             from tests.support.stack import Stack
         except ImportError as error:
             raise UnavailableError(f"the product is not built: {error}") from error
         with contextlib.ExitStack() as stack:
+            # What a killed process still writes must not fail the clean-up.
+            directory = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="run-", dir=work, ignore_cleanup_errors=True)
+            )
             try:
-                running = stack.enter_context(Stack.run(directory))
+                running = stack.enter_context(Stack.run(Path(directory)))
             except (AssertionError, OSError) as error:
                 reason = " ".join(str(error).split())[-200:]
                 raise UnavailableError(f"the agents do not start: {reason}") from error
