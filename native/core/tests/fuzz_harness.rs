@@ -113,7 +113,7 @@ fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
             for (at, value) in early {
                 bytes[at % len] = value;
             }
-            bytes.truncate(len - if cut > 10 { cut - 10 } else { 0 });
+            bytes.truncate(len - cut.saturating_sub(10));
             bytes
         })
 }

@@ -229,7 +229,9 @@ fn described(record: &Record, payload_block: u32) -> Value {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Reads a segment, checks everything in it, and says what it holds.
