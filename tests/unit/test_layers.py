@@ -56,7 +56,7 @@ def production(path: Path) -> str:
 def rust_files(module: str) -> list[Path]:
     single = CORE / f"{module}.rs"
     files = [single] if single.exists() else sorted((CORE / module).rglob("*.rs"))
-    return [path for path in files if not re.search(r"test", path.stem)]
+    return [path for path in files if "test" not in str(path.relative_to(CORE))]
 
 
 def test_every_rust_module_has_its_rule() -> None:

@@ -1,4 +1,5 @@
-//! Keys, suites and seals. A library's ciphers behind one seam; own SM4 kernels take the same place.
+//! Keys, suites and seals. A library's ciphers behind one seam; own SM4 kernels take the same
+//! place.
 //!
 //! Key tree: group key --HKDF(salt = incarnation salt)--> incarnation key --HKDF-Expand(frame
 //! number)--> frame key. One frame can be disclosed without the others. Suites: SM4-GCM with

@@ -117,7 +117,8 @@ const FORMAT: Format = Format {
 pub struct FrameFlags(pub u32);
 
 impl FrameFlags {
-    /// The table holds a record that is not plain data (bookmark, span, gap, volume, clock, barrier).
+    /// The table holds a record that is not plain data (bookmark, span, gap, volume, clock step,
+    /// barrier).
     pub const EVENTS: u32 = 1;
     /// An inconsistent span is open at the frame's first record.
     pub const IN_SPAN: u32 = 1 << 1;
@@ -247,8 +248,8 @@ impl FrameHeader {
         Ok(header)
     }
 
-    /// Checks every limit that the header alone shows. An encoder calls it before it writes, `parse`
-    /// after it read.
+    /// Checks every limit that the header alone shows. An encoder calls it before it writes,
+    /// `parse` after it read.
     pub fn check(&self) -> Result<(), FormatError> {
         let limit =
             |field, value: u32, limit: usize| FORMAT.at_most(field, u64::from(value), limit as u64);
