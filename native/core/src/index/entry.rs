@@ -61,6 +61,7 @@ pub enum Content {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry(pub u128);
 
+#[allow(clippy::cast_possible_truncation)] // taking bits out is the point
 impl Entry {
     pub const LEN: usize = 16;
 
@@ -120,6 +121,7 @@ impl Entry {
 
     /// The entry in a run whose base seq is `seqs` lower and whose slots begin `slots` earlier.
     /// The caller has checked that neither sum leaves its 32 bits.
+    #[must_use]
     pub fn rebased(self, seqs: u32, slots: u32) -> Self {
         Self(self.0 + (u128::from(seqs) << SEQ_SHIFT) + (u128::from(slots) << SLOT_SHIFT))
     }
@@ -143,6 +145,7 @@ pub fn pieces(start: BlockIndex, blocks: u64, mut each: impl FnMut(u8, u64, u64)
             .trailing_zeros()
             .min((end - at).ilog2())
             .min(u32::from(LEVELS) - 1);
+        #[allow(clippy::cast_possible_truncation)] // below LEVELS
         each(level as u8, at >> level, at - start.0);
         at += 1 << level;
     }

@@ -15,8 +15,8 @@ use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
 use super::build::index_segment;
 use super::cache::Cache;
-use super::history::{describes, key_of};
 use super::names::{self, RunKey};
+use super::opening::{describes, key_of};
 use super::run::{PageCache, Run};
 use super::tiers::{self, RunSize};
 use super::walk::SegmentFile;

@@ -12,6 +12,7 @@ mod history;
 mod journal;
 pub mod layout;
 mod names;
+mod opening;
 mod points;
 mod records;
 mod run;
@@ -20,8 +21,10 @@ mod walk;
 mod write;
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // sizes of tests are small
 pub(crate) mod testing;
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)]
 mod tests;
 
 pub use event::{Event, EventKind};

@@ -27,23 +27,6 @@ fn numbers<const N: usize>(stem: &str) -> Option<[u32; N]> {
     parts.next().is_none().then_some(numbers)
 }
 
-/// `IIIIIIII-FFFFFFFF-LLLLLLLL.seg`, hex.
-pub fn sealed_segment(name: &str) -> Option<SegmentKey> {
-    let [ordinal, first, last] = numbers(name.strip_suffix(".seg")?)?;
-    let key = SegmentKey {
-        ordinal,
-        first_frame: FrameNo(first),
-        last_frame: FrameNo(last),
-    };
-    (first <= last).then_some(key)
-}
-
-/// `IIIIIIII-FFFFFFFF.open`: ordinal and first frame.
-pub fn open_segment(name: &str) -> Option<(u32, FrameNo)> {
-    let [ordinal, first] = numbers(name.strip_suffix(".open")?)?;
-    Some((ordinal, FrameNo(first)))
-}
-
 impl SegmentKey {
     pub fn file_name(&self) -> String {
         let Self {
@@ -88,12 +71,16 @@ pub fn cover(segments: &[SegmentKey], names: &[String]) -> Vec<Cover> {
     let held: std::collections::HashSet<&str> = names
         .iter()
         .map(String::as_str)
-        .filter(|name| name.ends_with(".run"))
+        .filter(|name| name.strip_suffix(".run").is_some())
+        .collect();
+    let merged: Vec<[u32; 4]> = held
+        .iter()
+        .filter_map(|name| name.strip_suffix(".run").and_then(numbers))
         .collect();
     let mut covers = Vec::new();
     let mut from = 0;
     while from < segments.len() {
-        let ends = reaches(segments, from, names);
+        let ends = reaches(segments, from, &merged);
         let found = ends.into_iter().rev().find_map(|last| {
             let key = RunKey {
                 first: segments[from],
@@ -112,20 +99,15 @@ pub fn cover(segments: &[SegmentKey], names: &[String]) -> Vec<Cover> {
     covers
 }
 
-/// Segments, ascending, that a run beginning at segment `from` may end with, judged by the names.
-fn reaches(segments: &[SegmentKey], from: usize, names: &[String]) -> Vec<usize> {
+/// Segments, ascending, that a run beginning at segment `from` may end with, by the merged runs.
+fn reaches(segments: &[SegmentKey], from: usize, merged: &[[u32; 4]]) -> Vec<usize> {
     let first = segments[from];
     let mut ends = vec![from];
-    for name in names {
-        let Some([ordinal, frame, last_ordinal, last_frame]) =
-            name.strip_suffix(".run").and_then(numbers::<4>)
-        else {
-            continue;
-        };
-        if (ordinal, frame) != (first.ordinal, first.first_frame.0) {
+    for [ordinal, frame, last_ordinal, last_frame] in merged {
+        if (*ordinal, *frame) != (first.ordinal, first.first_frame.0) {
             continue;
         }
-        let end = (last_ordinal, FrameNo(last_frame));
+        let end = (*last_ordinal, FrameNo(*last_frame));
         let place = segments.binary_search_by_key(&end, |key| (key.ordinal, key.last_frame));
         ends.extend(place.ok().filter(|&place| place > from));
     }
@@ -137,7 +119,8 @@ fn reaches(segments: &[SegmentKey], from: usize, names: &[String]) -> Vec<usize>
 /// written.
 pub fn superfluous<'a>(used: &[&str], names: &'a [String]) -> Vec<&'a str> {
     let stale = |name: &&str| {
-        name.ends_with(".run.tmp") || (name.ends_with(".run") && !used.contains(name))
+        let run = name.strip_suffix(".run").is_some() && !used.contains(name);
+        run || name.strip_suffix(".run.tmp").is_some()
     };
     names.iter().map(String::as_str).filter(stale).collect()
 }
@@ -152,30 +135,6 @@ mod tests {
             first_frame: FrameNo(first),
             last_frame: FrameNo(last),
         }
-    }
-
-    #[test]
-    fn names_are_read_back_and_others_refused() {
-        let one = key(1, 0x1f, 0x20);
-        assert_eq!(one.file_name(), "00000001-0000001f-00000020.seg");
-        assert_eq!(sealed_segment(&one.file_name()), Some(one));
-        assert_eq!(
-            open_segment("00000001-0000001f.open"),
-            Some((1, FrameNo(0x1f)))
-        );
-        for name in [
-            "MANIFEST",
-            "1-2-3.seg",
-            "00000001-00000002.seg",
-            "00000001-00000002-0.open",
-        ] {
-            assert_eq!(
-                (sealed_segment(name), open_segment(name)),
-                (None, None),
-                "{name}"
-            );
-        }
-        assert_eq!(sealed_segment("00000001-00000009-00000002.seg"), None);
     }
 
     #[test]

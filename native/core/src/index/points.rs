@@ -63,6 +63,12 @@ pub struct Timeline {
     pub log_bytes: u64,
 }
 
+/// Before all records.
+const BEGINNING: Point = Point {
+    seq: Seq(0),
+    time: TimeUs(0),
+};
+
 fn point(event: &Event) -> Point {
     Point {
         seq: event.seq,
@@ -74,7 +80,7 @@ impl History {
     /// Resolves a point (design invariant 5). `exact` refuses a point inside an inconsistent span
     /// or a gap instead of going back to the last consistent one.
     pub fn resolve(&self, spec: &PointSpec, exact: bool) -> Result<Point, HistoryError> {
-        let newest = self.last_record()?.ok_or_else(|| self.nothing())?;
+        let newest = self.last_record().ok_or_else(|| self.nothing())?;
         let asked = match spec {
             // The newest recovery point is consistent by definition: nothing to be exact about.
             PointSpec::Newest => {
@@ -114,7 +120,7 @@ impl History {
 
     /// Everything that `ebb points` shows but the single records.
     pub fn timeline(&self) -> Result<Timeline, HistoryError> {
-        let last_record = self.last_record()?;
+        let last_record = self.last_record();
         let newest = match last_record {
             Some(last) => self.consistent(last)?,
             None => None,
@@ -241,12 +247,11 @@ impl History {
     }
 
     /// Newest record that is held.
-    fn last_record(&self) -> Result<Option<Point>, HistoryError> {
-        let last = self.segments.last();
-        Ok(last.map(|segment| Point {
+    fn last_record(&self) -> Option<Point> {
+        self.segments.last().map(|segment| Point {
             seq: Seq(segment.end_seq.0 - 1),
             time: segment.last_time,
-        }))
+        })
     }
 
     fn record_at_seq(&self, seq: Seq) -> Result<Option<Point>, HistoryError> {
@@ -299,14 +304,7 @@ impl History {
     /// The stretches without recovery points, oldest first.
     pub(super) fn spans(&self) -> Vec<Span> {
         let mut spans: Vec<Span> = Vec::new();
-        let mut open: Option<Span> = self.lacks_its_beginning().then(|| Span {
-            first: Point {
-                seq: Seq(0),
-                time: TimeUs(0),
-            },
-            last: None,
-            cause: 0,
-        });
+        let mut open: Option<Span> = self.lacks_its_beginning().then_some(Span::ALL);
         // Only a first copy makes up for a beginning that is not held.
         let mut needs_copy = open.is_some();
         for event in &self.events {
@@ -317,14 +315,7 @@ impl History {
                     if needs_copy {
                         continue;
                     }
-                    let mut span = open.take().unwrap_or_else(|| Span {
-                        first: Point {
-                            seq: Seq(0),
-                            time: TimeUs(0),
-                        },
-                        last: None,
-                        cause: 0,
-                    });
+                    let mut span = open.take().unwrap_or(Span::ALL);
                     span.last = Some(point(event));
                     spans.push(span);
                     continue;
@@ -343,10 +334,7 @@ impl History {
             // What precedes all data is no state of the volumes at all.
             let blank = self.first_data_seq().is_none_or(|data| event.seq < data);
             if blank && spans.is_empty() {
-                first = Point {
-                    seq: Seq(0),
-                    time: TimeUs(0),
-                };
+                first = BEGINNING;
             }
             open = Some(Span {
                 first,
@@ -425,6 +413,13 @@ impl History {
 }
 
 impl Span {
+    /// From the beginning of history, open.
+    const ALL: Self = Self {
+        first: BEGINNING,
+        last: None,
+        cause: 0,
+    };
+
     /// Whether a state as of `seq` is inside: the last record ends the span.
     pub fn covers(&self, seq: Seq) -> bool {
         self.first.seq <= seq && self.last.is_none_or(|last| seq < last.seq)

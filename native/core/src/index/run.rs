@@ -290,7 +290,7 @@ impl Run {
             }
             Pages::File(file) => {
                 file.scan(0, PAGE_ENTRIES, start, end, &mut |bytes| {
-                    out.push(Entry::decode(bytes))
+                    out.push(Entry::decode(bytes));
                 })?;
             }
         }
@@ -369,7 +369,9 @@ impl PagedFile {
             let from = start.max(page * per_page) - page * per_page;
             let to = end.min((page + 1) * per_page) - page * per_page;
             let items = &bytes.as_chunks::<N>().0[to_usize(from)..to_usize(to)];
-            items.iter().for_each(|item| each(*item));
+            for item in items {
+                each(*item);
+            }
         }
         Ok(end - start)
     }

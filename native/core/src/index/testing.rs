@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::journal::Journal;
 use crate::codec::{Effort, FrameContext, FrameEncoder};
@@ -210,13 +210,15 @@ impl Recorder {
                 self.payload.extend_from_slice(&content(*tag));
             }
         }
-        let payload = match kinds.iter().all(|kind| *kind == kinds[0]) {
-            true => Payload::All(kinds[0]),
-            false => Payload::Map(kinds),
+        let payload = if kinds.iter().all(|kind| *kind == kinds[0]) {
+            Payload::All(kinds[0])
+        } else {
+            Payload::Map(kinds)
         };
-        let (seq, time) = self.push(match resync {
-            true => RecordBody::Resync { extent, payload },
-            false => RecordBody::Write { extent, payload },
+        let (seq, time) = self.push(if resync {
+            RecordBody::Resync { extent, payload }
+        } else {
+            RecordBody::Write { extent, payload }
         });
         self.model.changes.push(Change {
             seq,
@@ -236,9 +238,10 @@ impl Recorder {
             start: BlockIndex(start),
             blocks,
         };
-        let (seq, time) = self.push(match discard {
-            true => RecordBody::Discard { extent },
-            false => RecordBody::Zero { extent },
+        let (seq, time) = self.push(if discard {
+            RecordBody::Discard { extent }
+        } else {
+            RecordBody::Zero { extent }
         });
         self.model.changes.push(Change {
             seq,
@@ -254,7 +257,7 @@ impl Recorder {
         if self.records.is_empty() {
             return;
         }
-        let effort = if self.frame_no.0 % 2 == 0 {
+        let effort = if self.frame_no.0.is_multiple_of(2) {
             Effort::Lz4
         } else {
             Effort::Raw
@@ -279,7 +282,13 @@ impl Recorder {
         self.payload.clear();
     }
 
+    /// Waits until the segments that are full are sealed and indexed.
     pub fn settle(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.files(".open").len() > 1 {
+            assert!(Instant::now() < deadline, "segments are not sealed");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert!(
             self.journal.wait_indexed(Duration::from_secs(20)),
             "{:?}",

@@ -152,11 +152,15 @@ impl ViewServer {
         let mountpoint = self.front.mountpoint();
         let mut notices = self.notices.clone();
         notices.extend(self.front.notice());
+        notices.extend(self.view.findings().into_iter().map(|finding| {
+            let (volume, block) = (finding.volume.0, finding.block.0);
+            format!("volume {volume}, block {block} cannot be read: {}", finding.what)
+        }));
         proto::ViewStatus {
             seq: self.point.seq.0,
             time_us: self.point.time.0,
             writable: self.writable,
-            overlay_bytes: 0,
+            overlay_bytes: self.view.overlay_bytes(),
             clients: u32::try_from(self.nbd.clients()).unwrap_or(u32::MAX),
             pid: std::process::id(),
             nbd_tcp: self
@@ -165,7 +169,7 @@ impl ViewServer {
                 .unwrap_or_default(),
             fuse_attached: mountpoint.is_some(),
             volumes: self.volumes.clone(),
-            cells_opened: 0,
+            cells_opened: self.view.cells_opened(),
             fuse_mountpoint: mountpoint.unwrap_or_default(),
             notices,
         }

@@ -26,6 +26,7 @@ const FINDINGS_MAX: usize = 64;
 /// Read at once in the hope that it holds header, table and directory of a frame.
 const HEAD_GUESS: usize = 8 * 1024;
 
+#[allow(clippy::cast_possible_truncation)] // 16
 const CELL_BLOCKS_U32: u32 = CELL_BLOCKS as u32;
 
 /// Damage that a read has met.

@@ -11,6 +11,7 @@ pub mod presence;
 pub mod restore;
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // sizes of tests are small
 mod tests;
 
 use std::collections::BTreeMap;
@@ -46,6 +47,7 @@ impl View {
     ///
     /// An overlay that exists is continued: what was flushed into it is there. It must have been
     /// made for the same group and point.
+    #[allow(clippy::needless_pass_by_value)] // the caller's parts become the view's
     pub fn open(
         history: Arc<History>,
         directory: Arc<dyn Directory>,

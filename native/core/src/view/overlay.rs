@@ -20,7 +20,9 @@ use crate::storage::{Directory, File, is_full, replace_file};
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
 /// Zeroes written at once where they must be allocated.
-const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+/// Fills a block with what lies below the overlay.
+type Complete<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError> + 'a;
 const EIO: DeviceError = DeviceError::Io(libc::EIO);
 
 /// Bytes that all overlays of a view may hold together.
@@ -170,7 +172,7 @@ impl Overlay {
         &self,
         data: &[u8],
         offset: u64,
-        complete: &mut dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError>,
+        complete: &mut Complete<'_>,
     ) -> Result<(), DeviceError> {
         self.check()?;
         if data.is_empty() {
@@ -179,10 +181,13 @@ impl Overlay {
         let end = offset + data.len() as u64;
         let (first, behind) = (offset / BLOCK, end.div_ceil(BLOCK));
         let edges = || {
-            [(first, offset % BLOCK != 0), (behind - 1, end % BLOCK != 0)]
-                .into_iter()
-                .filter(|(_, partial)| *partial)
-                .map(|(block, _)| block)
+            [
+                (first, !offset.is_multiple_of(BLOCK)),
+                (behind - 1, !end.is_multiple_of(BLOCK)),
+            ]
+            .into_iter()
+            .filter(|(_, partial)| *partial)
+            .map(|(block, _)| block)
         };
         let in_place = || {
             let presence = self.presence.read();
@@ -255,7 +260,7 @@ impl Overlay {
         &self,
         offset: u64,
         length: u64,
-        complete: &mut dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError>,
+        complete: &mut Complete<'_>,
     ) -> Result<(), DeviceError> {
         let (mut at, end) = (offset, offset + length);
         while at < end {
