@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use ebbtide_core::crypto;
 use ebbtide_core::format::{Field, frame, manifest, record, segment};
 use ebbtide_core::index;
+use ebbtide_core::log::synced;
 use ebbtide_core::view::presence;
 
 /// Page, heading above the table, layout in the code.
@@ -27,6 +28,7 @@ const LAYOUTS: &[(&str, &str, &[Field])] = &[
     ("index-run.md", "Lane", index::layout::LANE_LAYOUT),
     ("overlay.md", "Header", presence::LAYOUT),
     ("overlay.md", "Slot", presence::SLOT_LAYOUT),
+    ("log-directory.md", "Synced note", synced::LAYOUT),
 ];
 
 /// Numbers by name.

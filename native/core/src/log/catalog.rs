@@ -98,6 +98,8 @@ pub(super) struct Inner {
     /// Sealed since the manifest was last written; told to `listeners` when it is.
     unpublished: Vec<SegmentEntry>,
     listeners: Vec<Sender<SegmentEntry>>,
+    /// A sealing thread runs.
+    thread: bool,
     work: bool,
     /// The last attempt found no space: waiting for it would be waiting for somebody else.
     stalled: bool,
@@ -202,13 +204,13 @@ impl Catalog {
     }
 
     /// Queues a complete segment. With a sealing thread, waits while too many wait already.
-    pub(super) fn queue(&self, sealing: Sealing, background: bool) -> Result<(), LogError> {
+    pub(super) fn queue(&self, sealing: Sealing) -> Result<(), LogError> {
         let mut inner = self.inner.lock();
         inner.sealing.push_back(sealing);
         inner.work = true;
         inner.stalled = false;
         self.changed.notify_all();
-        while background && inner.sealing.len() > SEALS_PENDING_MAX && !inner.stalled {
+        while inner.thread && inner.sealing.len() > SEALS_PENDING_MAX && !inner.stalled {
             self.check()?;
             self.changed.wait(&mut inner);
         }
@@ -357,6 +359,7 @@ impl Catalog {
     /// Starts the sealing thread. It ends at `stop`; what is left then, recovery does.
     pub(super) fn spawn(catalog: &Arc<Self>) -> Result<JoinHandle<()>, LogError> {
         let catalog = Arc::clone(catalog);
+        catalog.inner.lock().thread = true;
         std::thread::Builder::new()
             .name("log-seal".to_owned())
             .spawn(move || {

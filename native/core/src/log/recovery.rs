@@ -50,6 +50,19 @@ struct Recovery<'a> {
     cut: bool,
 }
 
+/// Whether another program wrote this manifest: a newer version, or a body that is whole but not
+/// of this version's shape.
+fn is_refused(bytes: &[u8], error: &FormatError) -> bool {
+    let of_body = matches!(
+        error,
+        FormatError::Field {
+            what: "manifest body",
+            ..
+        }
+    );
+    of_body || walk::is_other_version(bytes, error)
+}
+
 /// Reads the manifest; `None` if there is none yet. The inner error is damage.
 pub(super) fn read_manifest(
     home: &Home,
@@ -62,6 +75,10 @@ pub(super) fn read_manifest(
     };
     let manifest = match Manifest::parse(&bytes) {
         Ok(manifest) => manifest,
+        // Its checksums are right, so it is whole, and what it says must not be thrown away.
+        Err(error) if is_refused(&bytes, &error) => {
+            return Err(damaged(names::MANIFEST, 0, error));
+        }
         Err(error) => return Ok(Err(error)),
     };
     let found = manifest.group.parse().unwrap_or_default();
@@ -205,7 +222,7 @@ impl Recovery<'_> {
     ///
     /// Nothing before: the name of a log's first segment is made durable before a second is made,
     /// and trimming keeps the newest sealed one, so nothing was lost. Another incarnation: ordinals
-    /// have no holes, and `parent` names the last frame before it, or `begin` has synced that.
+    /// have no holes, a log that holds something takes it from frame 0 on, and `parent` names the last frame before it, or `begin` has synced that.
     fn follows(&self, id: SegmentId, walk: &Walk, entry: &SegmentEntry) -> bool {
         let Some(last) = self.manifest.segments.last() else {
             return true;
@@ -225,7 +242,7 @@ impl Recovery<'_> {
                 .any(|known| known.ordinal == last.ordinal && known.id == parent_id);
             !is_last || last.last_frame >= parent.frame_no.0
         });
-        last.ordinal.checked_add(1) == Some(id.ordinal) && parent_held
+        last.ordinal.checked_add(1) == Some(id.ordinal) && id.first_frame.0 == 0 && parent_held
     }
 
     /// Whether the ordinal is free or that incarnation's.

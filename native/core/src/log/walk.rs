@@ -6,10 +6,13 @@
 use super::events;
 use super::names::SegmentId;
 use crate::constants::FRAME_BYTES_MAX;
+use xxhash_rust::xxh3::xxh3_64;
+
 use crate::format::FormatError;
 use crate::format::frame::{
     Digest, FRAME_HEADER_LEN, FRAME_MAGIC, FrameHeader, frame_digest, verify_body,
 };
+use crate::format::layout;
 use crate::format::manifest::{EventEntry, SegmentEntry};
 use crate::format::segment::{SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::storage::File;
@@ -61,6 +64,21 @@ fn field(field: &'static str, reason: &'static str) -> FormatError {
     }
 }
 
+/// Whether an error says that a newer program wrote this: another version, and the checksum is
+/// right. Such bytes are neither torn nor damaged, and not this program's to cut.
+pub(super) fn is_other_version(bytes: &[u8], error: &FormatError) -> bool {
+    let FormatError::Version { .. } = error else {
+        return false;
+    };
+    let length = usize::from(layout::HEADER_LEN.u16(bytes));
+    let Some(covered) = length.checked_sub(layout::CHECKSUM_LEN) else {
+        return false;
+    };
+    bytes
+        .get(covered..length)
+        .is_some_and(|checksum| xxh3_64(&bytes[..covered]).to_le_bytes() == checksum)
+}
+
 /// Reads and checks the header of a segment.
 pub(super) fn read_header(
     file: &dyn File,
@@ -73,6 +91,7 @@ pub(super) fn read_header(
         .map_err(LogError::io("reading a segment"))?;
     let header = match SegmentHeader::parse(&bytes[..read]) {
         Ok(header) => header,
+        Err(error) if is_other_version(&bytes[..read], &error) => return Err(error.into()),
         Err(error) => return Ok(Err(error)),
     };
     if header.group != group {
@@ -167,6 +186,9 @@ impl Walker<'_> {
         let read = self.read(offset, FRAME_HEADER_LEN)?;
         let header = match FrameHeader::parse(&self.buffer[..read]) {
             Ok(header) => header,
+            Err(error) if is_other_version(&self.buffer[..read], &error) => {
+                return Err(error.into());
+            }
             Err(error) => return Ok(Found::Bad(error)),
         };
         if let Err(error) = check_place(&self.walk.header, &header, &self.expected) {

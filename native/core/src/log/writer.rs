@@ -82,6 +82,29 @@ impl LogWriter {
         group: GroupId,
         options: LogOptions,
     ) -> Result<(Self, RecoveryReport), LogError> {
+        let (mut writer, report) = Self::recovered(directory, group, options)?;
+        if options.background {
+            writer.sealer = Some(Catalog::spawn(&writer.catalog)?);
+        }
+        Ok((writer, report))
+    }
+
+    /// As `open_with`, but with `background` nothing is sealed until `seal` is called: the state
+    /// that a sealing thread passes through, held still for tests.
+    #[cfg(test)]
+    pub(super) fn open_deferred(
+        directory: Arc<dyn Directory>,
+        group: GroupId,
+        options: LogOptions,
+    ) -> Result<(Self, RecoveryReport), LogError> {
+        Self::recovered(directory, group, options)
+    }
+
+    fn recovered(
+        directory: Arc<dyn Directory>,
+        group: GroupId,
+        options: LogOptions,
+    ) -> Result<(Self, RecoveryReport), LogError> {
         let lock = directory
             .lock(names::LOCK, true)
             .map_err(|source| match source.kind() {
@@ -99,11 +122,6 @@ impl LogWriter {
             recovered.dirty,
             synced,
         ));
-        let sealer = if options.background {
-            Some(Catalog::spawn(&catalog)?)
-        } else {
-            None
-        };
         let mut writer = Self {
             catalog,
             options,
@@ -112,7 +130,7 @@ impl LogWriter {
             recent: Recent::starting_at(FrameNo(0)),
             open: None,
             end,
-            sealer,
+            sealer: None,
             _lock: lock,
         };
         if let Some(header) = recovered.newest {
@@ -415,7 +433,7 @@ impl LogWriter {
             ..open.entry
         };
         let sealing = Sealing::new(open.file, entry, open.events);
-        self.catalog.queue(sealing, self.options.background)?;
+        self.catalog.queue(sealing)?;
         if self.options.background {
             return Ok(());
         }

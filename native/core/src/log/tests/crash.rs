@@ -4,6 +4,8 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::log::names::SYNCED;
+use crate::log::synced::Synced;
 use crate::log::testing::FrameMaker;
 use crate::log::{LogPosition, verify};
 use crate::storage::{Fault, FaultyDirectory, Loss, MemoryDirectory};
@@ -22,9 +24,20 @@ struct Done {
     released: usize,
 }
 
+/// Who seals what is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sealer {
+    /// The appending call.
+    Inline,
+    /// The log's own thread: operations come in any order.
+    Thread,
+    /// Nobody until `seal`: several open segments, some of them complete, at every crash.
+    Nobody,
+}
+
 struct Script {
     directory: Arc<dyn Directory>,
-    options: LogOptions,
+    sealer: Sealer,
     maker: FrameMaker,
     done: Done,
 }
@@ -46,10 +59,23 @@ impl Script {
         Ok(())
     }
 
+    fn open(&self) -> Result<(LogWriter, RecoveryReport), LogError> {
+        let background = LogOptions {
+            background: true,
+            ..INLINE
+        };
+        let directory = Arc::clone(&self.directory);
+        match self.sealer {
+            Sealer::Inline => LogWriter::open_with(directory, GROUP, INLINE),
+            Sealer::Thread => LogWriter::open_with(directory, GROUP, background),
+            Sealer::Nobody => LogWriter::open_deferred(directory, GROUP, background),
+        }
+    }
+
     /// Every kind of change: roll-over, group commit that lags, seal, new incarnations with and
     /// without a parent, trim, reopening in the middle of an incarnation.
     fn run(&mut self) -> Result<(), LogError> {
-        let (mut writer, _) = open_as(&self.directory, self.options)?;
+        let (mut writer, _) = self.open()?;
         writer.begin(&self.maker.header)?;
         for blocks in [1, 0, 2] {
             let frames = vec![self.maker.data(blocks), self.maker.bookmark("x")];
@@ -83,7 +109,7 @@ impl Script {
         self.append(&mut writer, frames)?;
         drop(writer);
 
-        let (mut writer, _) = open_as(&self.directory, self.options)?;
+        let (mut writer, _) = self.open()?;
         self.done.synced = self.done.appended;
         for _ in 0..6 {
             let frames = vec![self.maker.data(1)];
@@ -104,18 +130,14 @@ impl Script {
 }
 
 /// Runs the script with a fault at the `nth` change; whether the fault came.
-fn run(nth: u64, fault: Fault, background: bool) -> (MemoryDirectory, Done, bool) {
+fn run(nth: u64, fault: Fault, sealer: Sealer) -> (MemoryDirectory, Done, bool) {
     let memory = MemoryDirectory::new();
     let faulty = Arc::new(FaultyDirectory::new(Arc::new(memory.clone())));
     faulty.fail_change(nth, fault);
-    let options = LogOptions {
-        background,
-        ..INLINE
-    };
     let directory: Arc<dyn Directory> = Arc::clone(&faulty) as _;
     let mut script = Script {
         directory,
-        options,
+        sealer,
         maker: FrameMaker::new(),
         done: Done::default(),
     };
@@ -148,9 +170,15 @@ fn check(directory: &Arc<dyn Directory>, done: &Done, survived: usize, context: 
             Some(frame_no(&found[count - 1]))
         );
     } else {
+        let numbers: Vec<_> = found
+            .iter()
+            .map(|frame| all.iter().position(|known| known == frame))
+            .collect();
         assert_eq!(
-            count, 0,
-            "{context}: what is found is no part of what was appended"
+            count,
+            0,
+            "{context}: {numbers:?} of {}: what is found is no part of what was appended",
+            all.len()
         );
         assert_eq!(survived, 0, "{context}");
     }
@@ -189,11 +217,11 @@ fn losses(nth: u64) -> Vec<Loss> {
         .collect()
 }
 
-#[test]
-fn a_stop_at_every_operation_leaves_a_prefix_with_all_that_was_synced() {
+/// A stop at every operation of the script, and all kinds of loss.
+fn stop_everywhere(sealer: Sealer) {
     let mut nth = 1;
     loop {
-        let (memory, done, came) = run(nth, Fault::Stop, false);
+        let (memory, done, came) = run(nth, Fault::Stop, sealer);
         for loss in losses(nth) {
             let after: Arc<dyn Directory> = Arc::new(memory.fork().crash(loss));
             let survived = if loss == Loss::Nothing {
@@ -201,7 +229,12 @@ fn a_stop_at_every_operation_leaves_a_prefix_with_all_that_was_synced() {
             } else {
                 done.synced
             };
-            check(&after, &done, survived, &format!("stop at {nth}, {loss:?}"));
+            check(
+                &after,
+                &done,
+                survived,
+                &format!("{sealer:?}, stop at {nth}, {loss:?}"),
+            );
         }
         if !came {
             assert!(nth > 60, "the script did only {nth} operations");
@@ -212,11 +245,26 @@ fn a_stop_at_every_operation_leaves_a_prefix_with_all_that_was_synced() {
 }
 
 #[test]
+fn a_stop_at_every_operation_leaves_a_prefix_with_all_that_was_synced() {
+    stop_everywhere(Sealer::Inline);
+}
+
+#[test]
+fn a_stop_beside_the_sealing_thread_leaves_a_prefix() {
+    stop_everywhere(Sealer::Thread);
+}
+
+#[test]
+fn a_stop_with_many_segments_unsealed_leaves_a_prefix() {
+    stop_everywhere(Sealer::Nobody);
+}
+
+#[test]
 fn a_failed_operation_poisons_and_recovery_finds_all_that_was_synced() {
     for fault in [Fault::Error, Fault::Short] {
         let mut nth = 1;
         loop {
-            let (memory, done, came) = run(nth, fault, false);
+            let (memory, done, came) = run(nth, fault, Sealer::Inline);
             for loss in [Loss::Nothing, Loss::Everything, Loss::Random(nth)] {
                 let after: Arc<dyn Directory> = Arc::new(memory.fork().crash(loss));
                 let survived = if loss == Loss::Nothing {
@@ -240,32 +288,10 @@ fn a_failed_operation_poisons_and_recovery_finds_all_that_was_synced() {
 }
 
 #[test]
-fn a_stop_beside_the_sealing_thread_leaves_a_prefix() {
-    let mut nth = 1;
-    loop {
-        let (memory, done, came) = run(nth, Fault::Stop, true);
-        for loss in losses(nth) {
-            let after: Arc<dyn Directory> = Arc::new(memory.fork().crash(loss));
-            let survived = if loss == Loss::Nothing {
-                done.appended
-            } else {
-                done.synced
-            };
-            check(&after, &done, survived, &format!("stop at {nth}, {loss:?}"));
-        }
-        // The thread's operations come in any order: well behind the end nothing can come.
-        if !came {
-            return;
-        }
-        nth += 1;
-    }
-}
-
-#[test]
 fn a_second_crash_at_every_operation_of_recovery_changes_nothing() {
     let mut nth = 1;
     loop {
-        let (memory, done, came) = run(nth, Fault::Stop, false);
+        let (memory, done, came) = run(nth, Fault::Stop, Sealer::Inline);
         for loss in [
             Loss::Everything,
             Loss::Random(nth),
@@ -293,6 +319,24 @@ fn a_second_crash_at_every_operation_of_recovery_changes_nothing() {
         }
         nth += 1;
     }
+}
+
+#[test]
+fn the_note_of_what_is_durable_never_goes_back() {
+    let memory = MemoryDirectory::new();
+    let directory: Arc<dyn Directory> = Arc::new(memory.clone());
+    let (mut writer, _) = open(&directory);
+    let mut maker = FrameMaker::new();
+    writer.begin(&maker.header).unwrap();
+    writer.append(&maker.data(1), false).unwrap();
+    let lagging = writer.sync_handle().unwrap();
+    writer.append(&maker.data(1), false).unwrap();
+    let newest = writer.sync_handle().unwrap();
+    newest.sync().unwrap();
+    let note = Synced::parse(&memory.content(SYNCED).unwrap()).unwrap();
+    assert_eq!(note.length, newest.end().committed_len);
+    lagging.sync().unwrap();
+    assert_eq!(Synced::parse(&memory.content(SYNCED).unwrap()), Some(note));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::format::FormatError;
 use crate::format::frame::FrameHeader;
 use crate::format::segment::SEGMENT_HEADER_LEN;
 use crate::log::testing::FrameMaker;
@@ -270,6 +271,48 @@ fn a_sealed_segment_that_follows_nothing_is_put_aside() {
         );
     }
     assert!(copy.content(&format!("{stray}.aside")).is_some());
+}
+
+/// Sets the version of a header and makes its checksum right.
+fn newer(content: &mut [u8], at: usize, header_len: usize) {
+    content[at + 8] += 1;
+    let covered = at + header_len - 8;
+    let checksum = xxhash_rust::xxh3::xxh3_64(&content[at..covered]);
+    content[covered..covered + 8].copy_from_slice(&checksum.to_le_bytes());
+}
+
+#[test]
+fn what_a_newer_program_wrote_is_refused_and_left_alone() {
+    let log = fixture();
+    let open_name = log.names(".open").remove(0);
+    let torn = places(&log.memory.content(&open_name).unwrap())[6];
+    for (name, at, header_len) in [
+        (names::MANIFEST.to_owned(), 0, 64),
+        (log.names(".seg").remove(0), 0, 256),
+        (open_name.clone(), 0, 256),
+        (open_name, torn, 256),
+    ] {
+        let copy = log.memory.fork().crash(Loss::Nothing);
+        let mut content = copy.content(&name).unwrap();
+        newer(&mut content, at, header_len);
+        copy.place(&name, &content);
+        let before = copy.list().unwrap();
+        let directory: Arc<dyn Directory> = Arc::new(copy.clone());
+        let refused = open_as(&directory, INLINE);
+        assert!(
+            matches!(
+                &refused,
+                Err(LogError::Format(FormatError::Version { .. })
+                    | LogError::Damaged {
+                        source: FormatError::Version { .. },
+                        ..
+                    })
+            ),
+            "{name} at {at}: {refused:?}"
+        );
+        assert_eq!(copy.list().unwrap(), before);
+        assert_eq!(copy.content(&name).unwrap(), content);
+    }
 }
 
 #[test]
