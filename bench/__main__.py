@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small and short; not for quoting")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     arguments = parser.parse_args()
+    # Ends as an interrupt does: what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Debian puts mkfs and losetup where users' PATH does not look.
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     described = machine.describe(Path("/var/tmp"))  # noqa: S108
@@ -29,8 +32,15 @@ def main() -> int:
         print(f"{key:12} {value}")
     for name in SUITES if arguments.suite == "all" else [arguments.suite]:
         begun = time.monotonic()
-        found = SUITES[name](ROOT / ".cache" / "bench", quick=arguments.quick)
-        rows.write(found, arguments.out / f"{name}.json")
+        found: list[rows.Row] = []
+
+        def keep(part: list[rows.Row], found: list[rows.Row] = found, name: str = name) -> None:
+            """Write what there is, so that a long run that is cut short leaves something."""
+            found.extend(part)
+            rows.write(found, arguments.out / f"{name}.json")
+            print(f"{part[0].name.rpartition('.')[0]}: {len(part)} rows", file=sys.stderr)
+
+        SUITES[name](ROOT / ".cache" / "bench", keep, quick=arguments.quick)
         note = {
             **described,
             "quick": str(arguments.quick),

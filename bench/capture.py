@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 PEERS = ("nbdkit", "qemu-nbd")
 LAG_WRITES_PER_S = 5000
+#: A disk by the file hierarchy standard, where /tmp may be memory.
+WORK = "/var/tmp"  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,24 +104,28 @@ class Bench:
         return path
 
 
-def run(cache: Path, *, quick: bool) -> list[Row]:
-    """Measure everything; what cannot be measured here becomes a row that says why."""
+def run(cache: Path, keep: Callable[[list[Row]], None], *, quick: bool) -> None:
+    """Measure everything; what cannot be measured here becomes a row that says why.
+
+    `keep` is called with the rows of each part as soon as it is done.
+    """
     scale = QUICK if quick else FULL
-    with tempfile.TemporaryDirectory(prefix="ebb-bench-", dir="/var/tmp") as work:
+    with tempfile.TemporaryDirectory(
+        prefix="ebb-bench-",
+        dir=WORK,
+        ignore_cleanup_errors=True,
+    ) as work:
         bench = Bench(scale, cache, Path(work))
-        rows: list[Row] = []
         for suffix in ("", "_random"):
-            rows += throughput(bench, suffix)
-        rows += lag(bench)
-        rows += initial_copy(bench)
-        rows += view_open(bench)
-    return rows
+            throughput(bench, suffix, keep)
+        for part in (lag, initial_copy, view_open):
+            keep(part(bench))
 
 
 # Throughput
 
 
-def throughput(bench: Bench, suffix: str) -> list[Row]:
+def throughput(bench: Bench, suffix: str, keep: Callable[[list[Row]], None]) -> None:
     """All cases with one kind of data: "" for database pages, "_random" for random bytes."""
     pages = (
         data.random_pages(bench.cache, bench.scale.pages)
@@ -128,7 +134,6 @@ def throughput(bench: Bench, suffix: str) -> list[Row]:
     )
     peers_image = bench.image("peers", pages)
     images = {suite: bench.image(f"ours{suite.suffix}", pages) for suite in SUITES}
-    rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         product: Product | None = None
         reason = ""
@@ -137,10 +142,9 @@ def throughput(bench: Bench, suffix: str) -> list[Row]:
         except NOT_MEASURED as error:
             reason = reason_of(error)
         for case in bench.cases():
-            rows += one_case(bench, case, suffix, pages, peers_image, images, product, reason)
+            keep(one_case(bench, case, suffix, pages, peers_image, images, product, reason))
     for image in (peers_image, *images.values()):
         image.unlink()
-    return rows
 
 
 def one_case(
@@ -174,8 +178,31 @@ def one_case(
                     sides[peer] = bare_side(bench, case, suffix, pages, peer, peers_image)
             except NOT_MEASURED as error:
                 absent[peer] = reason_of(error)
-        results = take_turns(sides, bench.scale.runs)
+        turns = {name: attempt(name, side, absent) for name, side in sides.items()}
+        outcomes = take_turns(turns, bench.scale.runs)
+    results = {
+        name: [one for one in found if one is not None]
+        for name, found in outcomes.items()
+        if name not in absent
+    }
     return rows_of_case(case, suffix, results, absent)
+
+
+def attempt(
+    name: str, side: Callable[[], Outcome], absent: dict[str, str]
+) -> Callable[[], Outcome | None]:
+    """A side whose first failure takes it out of the comparison, and says why."""
+
+    def once() -> Outcome | None:
+        if name in absent:
+            return None
+        try:
+            return side()
+        except NOT_MEASURED as error:
+            absent[name] = reason_of(error)
+            return None
+
+    return once
 
 
 @contextlib.contextmanager
@@ -186,7 +213,9 @@ def protected(product: Product, case: str, image: Path, suite: Suite) -> Iterato
     try:
         yield
     finally:
-        product.drop(group)
+        # What it measured stands, also if the clean-up fails.
+        with contextlib.suppress(*NOT_MEASURED):
+            product.drop(group)
 
 
 def group_name(case: str, suite: Suite) -> str:

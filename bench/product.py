@@ -61,7 +61,10 @@ class Product:
                 raise UnavailableError(f"the agents do not start: {reason}") from error
             product = cls(running)
             product._idle_agents()
-            yield product
+            try:
+                yield product
+            finally:
+                product._normal_all()
 
     def _agents(self) -> tuple[int, int]:
         return self._stack.source.process.pid, self._stack.target.process.pid
@@ -69,19 +72,19 @@ class Product:
     def _idle_agents(self) -> None:
         """Both agents run only when the data path does not want the processor."""
         for pid in self._agents():
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(OSError):
-                    os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
+            _schedule(pid, os.SCHED_IDLE)
 
     def _normal_helpers(self) -> None:
         """What an agent started has inherited its priority; tap and views get theirs back."""
         agents = self._agents()
         for pid in self._processes():
-            if pid in agents:
-                continue
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(OSError):
-                    os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
+            if pid not in agents:
+                _schedule(pid, os.SCHED_OTHER)
+
+    def _normal_all(self) -> None:
+        """An agent at idle priority may take minutes to end on a busy machine."""
+        for pid in self._processes():
+            _schedule(pid, os.SCHED_OTHER)
 
     def _processes(self) -> list[int]:
         """Both agents and all that descends from them or was started by them."""
@@ -203,3 +206,11 @@ class Product:
 
         request = agent_pb2.PointsRequest(group=group, limit=1)
         return int(self._stack.target.stub.Points(request, timeout=60).record_count)
+
+
+def _schedule(pid: int, policy: int) -> None:
+    """Give every thread of a process a scheduling policy, as far as it still runs."""
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(int(task.name), policy, os.sched_param(0))
