@@ -51,7 +51,7 @@ use crate::constants::LABEL_BYTES_MAX;
 use crate::crypto::{GroupKey, Suite};
 use crate::device::BlockDevice;
 use crate::format::record::{Cause, RecordBody};
-use crate::log::{LogEnd, LogPosition};
+use crate::log::{LogEnd, LogError, LogPosition};
 use crate::types::{Generation, GroupId, Seq, TimeUs, VolumeIndex};
 
 /// Everything a tap needs to know; built from the launcher's message.
@@ -296,7 +296,11 @@ impl Tap {
         let trimmed = self.core.pipeline.with_writer(core::PATIENCE, |writer| {
             // Only sealed segments are trimmed, and a full spool opens no new one by itself.
             if gap {
-                writer.seal()?;
+                // No room for the manifest is no reason not to make room.
+                match writer.seal() {
+                    Err(LogError::NoSpace) => {}
+                    other => other?,
+                }
             }
             writer.trim(position)
         });
