@@ -16,6 +16,7 @@ use ebbtide_core::crypto;
 use ebbtide_core::format::{Field, frame, manifest, record, segment};
 use ebbtide_core::index;
 use ebbtide_core::log::synced;
+use ebbtide_core::tap;
 use ebbtide_core::view::presence;
 
 /// Page, heading above the table, layout in the code.
@@ -27,6 +28,9 @@ const LAYOUTS: &[(&str, &str, &[Field])] = &[
     ("index-run.md", "Member", index::layout::MEMBER_LAYOUT),
     ("index-run.md", "Lane", index::layout::LANE_LAYOUT),
     ("overlay.md", "Header", presence::LAYOUT),
+    ("state.md", "Slot", tap::state::LAYOUT),
+    ("write-intent-bitmap.md", "Header", tap::intent::LAYOUT),
+    ("write-intent-bitmap.md", "Page", tap::intent::PAGE_LAYOUT),
     ("overlay.md", "Slot", presence::SLOT_LAYOUT),
     ("log-directory.md", "Synced note", synced::LAYOUT),
 ];

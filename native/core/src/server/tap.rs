@@ -107,6 +107,7 @@ impl TapServer {
         let mountpoint = self.front.mountpoint();
         let mut notices = self.notices.clone();
         notices.extend(self.front.notice());
+        notices.extend(status.notices);
         proto::TapStatus {
             last_seq: status.last_seq.0,
             last_time_us: status.last_time.0,

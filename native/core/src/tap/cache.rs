@@ -88,7 +88,9 @@ impl ContentCache {
         let ages = &mut self.rrpv[set..set + WAYS];
         let oldest = ages.iter().copied().max().unwrap_or(RRPV_OLD);
         let older_by = RRPV_OLD - oldest;
-        ages.iter_mut().for_each(|age| *age += older_by);
+        for age in ages.iter_mut() {
+            *age += older_by;
+        }
         set + ages
             .iter()
             .position(|age| *age == RRPV_OLD)

@@ -36,6 +36,8 @@ pub struct Keeper {
     pub span: Option<Cause>,
     /// Whether the file says that a gap is open.
     pub gap_stored: bool,
+    /// See `TapState::intent_lost`.
+    pub intent_lost: bool,
 }
 
 #[derive(Debug)]
@@ -93,6 +95,23 @@ impl TapCore {
         // Without room for history the answer does not wait for it: the gap is named.
         self.queue.wait_spooled(seq)?;
         synced
+    }
+
+    /// A region's bit is not durable after all. If the bitmap cannot be written any more, the state
+    /// file says so before the write goes on; without even that, local I/O goes on all the same.
+    #[cold]
+    pub fn intent_missing(&self, volume: &Volume) {
+        if !volume.intent.failed() || self.keeper.lock().intent_lost {
+            return;
+        }
+        let name = &volume.config.name;
+        self.notice(format!(
+            "volume {name}: its write-intent bitmap cannot be written"
+        ));
+        let mark = |keeper: &mut Keeper| keeper.intent_lost = true;
+        if self.store_state(false, (Seq(0), TimeUs(0)), mark).is_err() {
+            self.notice("the state file cannot be written".to_owned());
+        }
     }
 
     /// A write to the backing failed and may have changed any part of its range: records what is
@@ -161,6 +180,7 @@ impl TapCore {
         let state = TapState {
             group: self.group,
             clean,
+            intent_lost: keeper.intent_lost,
             seq_end: Seq(seq_end),
             time_end: TimeUs(time_end),
             time: TimeUs(time),
@@ -240,7 +260,7 @@ impl TapCore {
         let cause = Cause::BackingError;
         if self
             .store_state(false, (Seq(0), TimeUs(0)), |keeper| {
-                keeper.span = Some(cause)
+                keeper.span = Some(cause);
             })
             .is_ok()
         {
@@ -268,7 +288,7 @@ impl TapCore {
         let cause = gap.map_or(Cause::SpoolFailed, |gap| gap.cause);
         if self
             .store_state(false, (Seq(0), TimeUs(0)), |keeper| {
-                keeper.span = Some(cause)
+                keeper.span = Some(cause);
             })
             .is_err()
         {

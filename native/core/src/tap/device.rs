@@ -24,7 +24,7 @@ pub struct TapDevice {
 }
 
 /// A partly written block: its number, its whole new content.
-type Partial = (u64, Box<[u8; BLOCK_SIZE]>);
+type Partial = (u64, [u8; BLOCK_SIZE]);
 
 impl From<Refused> for DeviceError {
     fn from(refused: Refused) -> Self {
@@ -62,6 +62,9 @@ impl TapDevice {
         let (first, last) = regions(start, blocks);
         if !volume.intent.touch(first, last, nowait) {
             return Err(DeviceError::WouldBlock);
+        }
+        if !volume.intent.durable().all(first, last) {
+            self.core.intent_missing(volume);
         }
         if nowait {
             volume
@@ -173,7 +176,7 @@ impl TapDevice {
         if from == block * BLOCK && (to == (block + 1) * BLOCK || to == volume.size) {
             return Ok(None);
         }
-        let mut content = Box::new([0; BLOCK_SIZE]);
+        let mut content = [0; BLOCK_SIZE];
         volume
             .read_block(block, &mut content, nowait)
             .map_err(|error| device_error(&error))?;

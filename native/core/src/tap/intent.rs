@@ -12,11 +12,12 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::bitmap::{AtomicBitmap, regions_of};
 use crate::constants::REGION_BYTES;
 use crate::format::FormatError;
+use crate::format::layout::{self, Field, Format, covers};
 use crate::storage::{Directory, File};
 use crate::types::{GroupId, VolumeIndex};
 
@@ -89,124 +90,114 @@ pub struct IntentHeader {
     pub identity: Identity,
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(
-        bytes[at..at + 8]
-            .try_into()
-            .expect("invariant: eight bytes"),
-    )
-}
+const GROUP: Field = Field::new("group", 16, 16);
+const VOLUME: Field = Field::new("volume", 32, 2);
+const IDENTITY_KIND: Field = Field::new("identity_kind", 34, 1);
+const RESERVED_35: Field = Field::new("reserved_35", 35, 5);
+const REGION: Field = Field::new("region_bytes", 40, 8);
+const SIZE: Field = Field::new("size", 48, 8);
+const DEVICE: Field = Field::new("device", 56, 8);
+const INODE: Field = Field::new("inode", 64, 8);
+const MODIFIED: Field = Field::new("modified_ns", 72, 8);
+const CHANGED: Field = Field::new("changed_ns", 80, 8);
+const SECTORS: Field = Field::new("written_sectors", 88, 8);
+const BOOT_ID: Field = Field::new("boot_id", 96, 16);
+const RESERVED_112: Field = Field::new("reserved_112", 112, 392);
+const CHECKSUM: Field = Field::new("checksum", 504, 8);
 
-fn id_at(bytes: &[u8], at: usize) -> [u8; 16] {
-    bytes[at..at + 16]
-        .try_into()
-        .expect("invariant: sixteen bytes")
-}
+/// The header, field by field; `docs/format/write-intent-bitmap.md` holds the same table.
+pub const LAYOUT: &[Field] = &[
+    layout::MAGIC,
+    layout::VERSION,
+    layout::HEADER_LEN,
+    layout::FLAGS,
+    GROUP,
+    VOLUME,
+    IDENTITY_KIND,
+    RESERVED_35,
+    REGION,
+    SIZE,
+    DEVICE,
+    INODE,
+    MODIFIED,
+    CHANGED,
+    SECTORS,
+    BOOT_ID,
+    RESERVED_112,
+    CHECKSUM,
+];
+const _: () = assert!(covers(LAYOUT, INTENT_HEADER_LEN));
+
+const PAGE_BITS: Field = Field::new("bits", 0, INTENT_PAGE_BITS_LEN);
+const PAGE_CHECKSUM: Field = Field::new("checksum", INTENT_PAGE_BITS_LEN, 8);
+
+/// One page of bits; `docs/format/write-intent-bitmap.md` holds the same table.
+pub const PAGE_LAYOUT: &[Field] = &[PAGE_BITS, PAGE_CHECKSUM];
+const _: () = assert!(covers(PAGE_LAYOUT, INTENT_PAGE_LEN));
+
+const FORMAT: Format = Format {
+    what: WHAT,
+    magic: INTENT_MAGIC,
+    version: INTENT_VERSION,
+    header_len: INTENT_HEADER_LEN,
+    reserved: &[RESERVED_35, RESERVED_112],
+};
 
 impl IntentHeader {
     pub fn encode(&self) -> [u8; INTENT_HEADER_LEN] {
         let mut bytes = [0; INTENT_HEADER_LEN];
-        bytes[0..8].copy_from_slice(&INTENT_MAGIC);
-        bytes[8..10].copy_from_slice(&INTENT_VERSION.to_le_bytes());
-        bytes[10..12].copy_from_slice(&512u16.to_le_bytes());
         let flags = u32::from(self.clean) * FLAG_CLEAN + u32::from(self.copied) * FLAG_COPIED;
-        bytes[12..16].copy_from_slice(&flags.to_le_bytes());
-        bytes[16..32].copy_from_slice(&self.group.0);
-        bytes[32..34].copy_from_slice(&self.volume.0.to_le_bytes());
-        bytes[34] = self.identity.kind as u8;
-        bytes[40..48].copy_from_slice(&REGION_BYTES.to_le_bytes());
-        bytes[48..56].copy_from_slice(&self.size.to_le_bytes());
-        bytes[56..64].copy_from_slice(&self.identity.device.to_le_bytes());
-        bytes[64..72].copy_from_slice(&self.identity.inode.to_le_bytes());
-        bytes[72..80].copy_from_slice(&self.identity.modified_ns.to_le_bytes());
-        bytes[80..88].copy_from_slice(&self.identity.changed_ns.to_le_bytes());
-        bytes[88..96].copy_from_slice(&self.identity.written_sectors.to_le_bytes());
-        bytes[96..112].copy_from_slice(&self.identity.boot_id);
-        let checksum = xxh3_64(&bytes[..504]);
-        bytes[504..].copy_from_slice(&checksum.to_le_bytes());
+        FORMAT.begin(&mut bytes, flags);
+        let identity = &self.identity;
+        GROUP.put(&mut bytes, &self.group.0);
+        VOLUME.put(&mut bytes, &self.volume.0.to_le_bytes());
+        IDENTITY_KIND.put(&mut bytes, &[identity.kind as u8]);
+        REGION.put(&mut bytes, &REGION_BYTES.to_le_bytes());
+        SIZE.put(&mut bytes, &self.size.to_le_bytes());
+        DEVICE.put(&mut bytes, &identity.device.to_le_bytes());
+        INODE.put(&mut bytes, &identity.inode.to_le_bytes());
+        MODIFIED.put(&mut bytes, &identity.modified_ns.to_le_bytes());
+        CHANGED.put(&mut bytes, &identity.changed_ns.to_le_bytes());
+        SECTORS.put(&mut bytes, &identity.written_sectors.to_le_bytes());
+        BOOT_ID.put(&mut bytes, &identity.boot_id);
+        FORMAT.finish(&mut bytes);
         bytes
     }
 
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let field = |field, reason| FormatError::Field {
+        let bytes = FORMAT.open(bytes)?;
+        let finding = |field: Field, reason| FormatError::Field {
             what: WHAT,
-            field,
+            field: field.name,
             reason,
         };
-        if bytes.len() < INTENT_HEADER_LEN {
-            let (need, have) = (INTENT_HEADER_LEN, bytes.len());
-            return Err(FormatError::Truncated {
-                what: WHAT,
-                need,
-                have,
-            });
-        }
-        let found: [u8; 8] = bytes[0..8].try_into().expect("invariant: eight bytes");
-        if found != INTENT_MAGIC {
-            return Err(FormatError::Magic {
-                what: WHAT,
-                expected: INTENT_MAGIC,
-                found,
-            });
-        }
-        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
-        if version != INTENT_VERSION {
-            let (min, max) = (INTENT_VERSION, INTENT_VERSION);
-            return Err(FormatError::Version {
-                what: WHAT,
-                found: version,
-                min,
-                max,
-            });
-        }
-        let (computed, found) = (xxh3_64(&bytes[..504]), u64_at(bytes, 504));
-        if computed != found {
-            return Err(FormatError::Checksum {
-                what: WHAT,
-                computed,
-                found,
-            });
-        }
-        let flags = u32::from_le_bytes(bytes[12..16].try_into().expect("invariant: four bytes"));
-        if u16::from_le_bytes([bytes[10], bytes[11]]) != 512 {
-            return Err(field("header_len", "is not 512"));
-        }
+        let flags = layout::FLAGS.u32(bytes);
         if flags & !(FLAG_CLEAN | FLAG_COPIED) != 0 {
-            return Err(field("flags", "has unknown bits"));
+            return Err(finding(layout::FLAGS, "has unknown bits"));
         }
-        if u64_at(bytes, 40) != REGION_BYTES {
-            return Err(field(
-                "region_bytes",
-                "is not the region size of this version",
-            ));
+        if REGION.u64(bytes) != REGION_BYTES {
+            return Err(finding(REGION, "is not the region size of this version"));
         }
-        if bytes[35..40]
-            .iter()
-            .chain(&bytes[112..504])
-            .any(|byte| *byte != 0)
-        {
-            return Err(field("reserved", "is not zero"));
-        }
-        let kind = match bytes[34] {
+        let kind = match bytes[IDENTITY_KIND.offset] {
             0 => IdentityKind::Unknown,
             1 => IdentityKind::File,
             2 => IdentityKind::Block,
-            _ => return Err(field("identity_kind", "is unknown")),
+            _ => return Err(finding(IDENTITY_KIND, "is unknown")),
         };
         Ok(Self {
-            group: GroupId(id_at(bytes, 16)),
-            volume: VolumeIndex(u16::from_le_bytes([bytes[32], bytes[33]])),
+            group: GroupId(GROUP.array(bytes)),
+            volume: VolumeIndex(VOLUME.u16(bytes)),
             clean: flags & FLAG_CLEAN != 0,
             copied: flags & FLAG_COPIED != 0,
-            size: u64_at(bytes, 48),
+            size: SIZE.u64(bytes),
             identity: Identity {
                 kind,
-                device: u64_at(bytes, 56),
-                inode: u64_at(bytes, 64),
-                modified_ns: u64_at(bytes, 72),
-                changed_ns: u64_at(bytes, 80),
-                written_sectors: u64_at(bytes, 88),
-                boot_id: id_at(bytes, 96),
+                device: DEVICE.u64(bytes),
+                inode: INODE.u64(bytes),
+                modified_ns: MODIFIED.u64(bytes),
+                changed_ns: CHANGED.u64(bytes),
+                written_sectors: SECTORS.u64(bytes),
+                boot_id: BOOT_ID.array(bytes),
             },
         })
     }
@@ -423,7 +414,7 @@ impl IntentBitmap {
             let content = &bytes[page * INTENT_PAGE_LEN..(page + 1) * INTENT_PAGE_LEN];
             let bits = &content[..INTENT_PAGE_BITS_LEN];
             let whole = (page + 1) * INTENT_PAGE_LEN <= read
-                && u64_at(content, INTENT_PAGE_BITS_LEN) == page_checksum(page, bits);
+                && PAGE_CHECKSUM.u64(content) == page_checksum(page, bits);
             if !whole {
                 damaged += 1;
                 let first = page as u64 * PAGE_REGIONS;
@@ -433,7 +424,8 @@ impl IntentBitmap {
             for (offset, word) in bits.chunks_exact(8).enumerate() {
                 let index = page * PAGE_WORDS + offset;
                 if index < self.durable.words() {
-                    self.durable.set_word(index, u64_at(word, 0));
+                    let word = word.try_into().expect("invariant: eight bytes");
+                    self.durable.set_word(index, u64::from_le_bytes(word));
                 }
             }
         }

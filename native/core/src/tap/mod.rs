@@ -25,14 +25,14 @@ mod copier;
 mod core;
 mod device;
 mod grace;
-mod intent;
+pub mod intent;
 mod pipeline;
 mod placement;
 mod queue;
 mod range_lock;
 mod ring;
 mod start;
-mod state;
+pub mod state;
 mod volume;
 
 #[cfg(test)]

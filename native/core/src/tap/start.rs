@@ -120,6 +120,7 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
     }
     let (writer, spool_cause) = open_spool(config, parts, &mut notices)?;
     let clean = old.as_ref().is_some_and(|state| state.clean);
+    let intent_lost = old.as_ref().is_some_and(|state| state.intent_lost);
 
     let old_gap = old.as_ref().and_then(|state| state.gap);
     let mut cause = old
@@ -131,6 +132,10 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
     for (slot, volume) in config.volumes.iter().enumerate() {
         let backing = Arc::clone(&parts.backings[slot]);
         let opened = open_volume(config, parts, volume, &*backing, clean, &mut notices)?;
+        if intent_lost {
+            let fail = io_error(&config.state, "write-intent bitmap");
+            opened.intent.dirty_all().map_err(fail)?;
+        }
         let size = backing.size();
         let to_copy = AtomicBitmap::new(opened.intent.durable().bits());
         for word in 0..to_copy.words() {
@@ -196,6 +201,7 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
             file: state_file,
             span: cause,
             gap_stored: false,
+            intent_lost: false,
         }),
         span_turn: Mutex::new(()),
         spool: Arc::clone(&parts.spool),

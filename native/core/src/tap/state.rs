@@ -5,9 +5,8 @@
 use std::io;
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use crate::format::FormatError;
+use crate::format::layout::{self, Field, Format, covers};
 use crate::format::record::Cause;
 use crate::storage::{Directory, File};
 use crate::types::{GroupId, Seq, TimeUs};
@@ -17,6 +16,7 @@ pub const STATE_VERSION: u16 = 1;
 pub const STATE_SLOT_LEN: usize = 512;
 pub const STATE_FILE: &str = "tap.state";
 const FLAG_CLEAN: u32 = 1;
+const FLAG_INTENT_LOST: u32 = 1 << 1;
 const WHAT: &str = "tap state";
 /// Slots lie on different 4 KiB sectors.
 const SLOT_DISTANCE: u64 = 4096;
@@ -35,6 +35,8 @@ pub struct TapState {
     pub group: GroupId,
     /// A tap stopped cleanly and nothing runs since.
     pub clean: bool,
+    /// A write-intent bitmap could not be written: all volumes count as dirty.
+    pub intent_lost: bool,
     /// Every seq ever used is below.
     pub seq_end: Seq,
     /// Every time ever used is below.
@@ -49,10 +51,9 @@ pub struct TapState {
     pub gap: Option<OpenGap>,
 }
 
-/// The cause with this number, `None` for 0.
-pub(super) fn cause_of(value: u8) -> Option<Option<Cause>> {
-    Some(Some(match value {
-        0 => return Some(None),
+/// The cause with this number, if it is one.
+fn cause_of(value: u8) -> Option<Cause> {
+    Some(match value {
         1 => Cause::FirstCopy,
         2 => Cause::UncleanStop,
         3 => Cause::SpoolFull,
@@ -63,121 +64,117 @@ pub(super) fn cause_of(value: u8) -> Option<Option<Cause>> {
         8 => Cause::NoKey,
         9 => Cause::Requested,
         _ => return None,
-    }))
+    })
 }
+
+const GROUP: Field = Field::new("group", 16, 16);
+const COUNTER: Field = Field::new("counter", 32, 8);
+const SEQ_END: Field = Field::new("seq_end", 40, 8);
+const TIME_END: Field = Field::new("time_end_us", 48, 8);
+const TIME: Field = Field::new("time_us", 56, 8);
+const BOOT_TIME: Field = Field::new("boot_us", 64, 8);
+const BOOT_ID: Field = Field::new("boot_id", 72, 16);
+const SPAN_CAUSE: Field = Field::new("span_cause", 88, 1);
+const GAP_CAUSE: Field = Field::new("gap_cause", 89, 1);
+const RESERVED_90: Field = Field::new("reserved_90", 90, 6);
+const GAP_FIRST_SEQ: Field = Field::new("gap_first_seq", 96, 8);
+const GAP_FIRST_TIME: Field = Field::new("gap_first_time_us", 104, 8);
+const GAP_BYTES: Field = Field::new("gap_bytes", 112, 8);
+const RESERVED_120: Field = Field::new("reserved_120", 120, 384);
+const CHECKSUM: Field = Field::new("checksum", 504, 8);
+
+/// One slot, field by field; `docs/format/state.md` holds the same table.
+pub const LAYOUT: &[Field] = &[
+    layout::MAGIC,
+    layout::VERSION,
+    layout::HEADER_LEN,
+    layout::FLAGS,
+    GROUP,
+    COUNTER,
+    SEQ_END,
+    TIME_END,
+    TIME,
+    BOOT_TIME,
+    BOOT_ID,
+    SPAN_CAUSE,
+    GAP_CAUSE,
+    RESERVED_90,
+    GAP_FIRST_SEQ,
+    GAP_FIRST_TIME,
+    GAP_BYTES,
+    RESERVED_120,
+    CHECKSUM,
+];
+const _: () = assert!(covers(LAYOUT, STATE_SLOT_LEN));
+
+const FORMAT: Format = Format {
+    what: WHAT,
+    magic: STATE_MAGIC,
+    version: STATE_VERSION,
+    header_len: STATE_SLOT_LEN,
+    reserved: &[RESERVED_90, RESERVED_120],
+};
 
 impl TapState {
     pub fn encode(&self, counter: u64) -> [u8; STATE_SLOT_LEN] {
         let mut bytes = [0; STATE_SLOT_LEN];
-        bytes[0..8].copy_from_slice(&STATE_MAGIC);
-        bytes[8..10].copy_from_slice(&STATE_VERSION.to_le_bytes());
-        bytes[10..12].copy_from_slice(&512u16.to_le_bytes());
-        bytes[12..16].copy_from_slice(&(u32::from(self.clean) * FLAG_CLEAN).to_le_bytes());
-        bytes[16..32].copy_from_slice(&self.group.0);
-        bytes[32..40].copy_from_slice(&counter.to_le_bytes());
-        bytes[40..48].copy_from_slice(&self.seq_end.0.to_le_bytes());
-        bytes[48..56].copy_from_slice(&self.time_end.0.to_le_bytes());
-        bytes[56..64].copy_from_slice(&self.time.0.to_le_bytes());
-        bytes[64..72].copy_from_slice(&self.boot_us.to_le_bytes());
-        bytes[72..88].copy_from_slice(&self.boot_id);
-        bytes[88] = self.span.map_or(0, |cause| cause as u8);
+        let flags =
+            u32::from(self.clean) * FLAG_CLEAN + u32::from(self.intent_lost) * FLAG_INTENT_LOST;
+        FORMAT.begin(&mut bytes, flags);
+        GROUP.put(&mut bytes, &self.group.0);
+        COUNTER.put(&mut bytes, &counter.to_le_bytes());
+        SEQ_END.put(&mut bytes, &self.seq_end.0.to_le_bytes());
+        TIME_END.put(&mut bytes, &self.time_end.0.to_le_bytes());
+        TIME.put(&mut bytes, &self.time.0.to_le_bytes());
+        BOOT_TIME.put(&mut bytes, &self.boot_us.to_le_bytes());
+        BOOT_ID.put(&mut bytes, &self.boot_id);
+        SPAN_CAUSE.put(&mut bytes, &[self.span.map_or(0, |cause| cause as u8)]);
         if let Some(gap) = &self.gap {
-            bytes[89] = gap.cause as u8;
-            bytes[96..104].copy_from_slice(&gap.first_seq.0.to_le_bytes());
-            bytes[104..112].copy_from_slice(&gap.first_time.0.to_le_bytes());
-            bytes[112..120].copy_from_slice(&gap.bytes.to_le_bytes());
+            GAP_CAUSE.put(&mut bytes, &[gap.cause as u8]);
+            GAP_FIRST_SEQ.put(&mut bytes, &gap.first_seq.0.to_le_bytes());
+            GAP_FIRST_TIME.put(&mut bytes, &gap.first_time.0.to_le_bytes());
+            GAP_BYTES.put(&mut bytes, &gap.bytes.to_le_bytes());
         }
-        let checksum = xxh3_64(&bytes[..504]);
-        bytes[504..].copy_from_slice(&checksum.to_le_bytes());
+        FORMAT.finish(&mut bytes);
         bytes
     }
 
     /// Parses one slot; returns its counter too.
     pub fn parse(bytes: &[u8]) -> Result<(Self, u64), FormatError> {
-        let field = |field, reason| FormatError::Field {
+        let bytes = FORMAT.open(bytes)?;
+        let finding = |field: Field, reason| FormatError::Field {
             what: WHAT,
-            field,
+            field: field.name,
             reason,
         };
-        if bytes.len() < STATE_SLOT_LEN {
-            let (need, have) = (STATE_SLOT_LEN, bytes.len());
-            return Err(FormatError::Truncated {
-                what: WHAT,
-                need,
-                have,
-            });
+        let flags = layout::FLAGS.u32(bytes);
+        if flags & !(FLAG_CLEAN | FLAG_INTENT_LOST) != 0 {
+            return Err(finding(layout::FLAGS, "has unknown bits"));
         }
-        let u64_at = |at: usize| {
-            u64::from_le_bytes(
-                bytes[at..at + 8]
-                    .try_into()
-                    .expect("invariant: eight bytes"),
-            )
+        let cause_at = |field: Field| match bytes[field.offset] {
+            0 => Ok(None),
+            value => cause_of(value)
+                .map(Some)
+                .ok_or(finding(field, "is unknown")),
         };
-        let id_at = |at: usize| -> [u8; 16] {
-            bytes[at..at + 16]
-                .try_into()
-                .expect("invariant: sixteen bytes")
-        };
-        let found: [u8; 8] = bytes[0..8].try_into().expect("invariant: eight bytes");
-        if found != STATE_MAGIC {
-            return Err(FormatError::Magic {
-                what: WHAT,
-                expected: STATE_MAGIC,
-                found,
-            });
-        }
-        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
-        if version != STATE_VERSION {
-            let (min, max) = (STATE_VERSION, STATE_VERSION);
-            return Err(FormatError::Version {
-                what: WHAT,
-                found: version,
-                min,
-                max,
-            });
-        }
-        let (computed, found) = (xxh3_64(&bytes[..504]), u64_at(504));
-        if computed != found {
-            return Err(FormatError::Checksum {
-                what: WHAT,
-                computed,
-                found,
-            });
-        }
-        let flags = u32::from_le_bytes(bytes[12..16].try_into().expect("invariant: four bytes"));
-        if u16::from_le_bytes([bytes[10], bytes[11]]) != 512 {
-            return Err(field("header_len", "is not 512"));
-        }
-        if flags & !FLAG_CLEAN != 0 {
-            return Err(field("flags", "has unknown bits"));
-        }
-        if bytes[90..96]
-            .iter()
-            .chain(&bytes[120..504])
-            .any(|byte| *byte != 0)
-        {
-            return Err(field("reserved", "is not zero"));
-        }
-        let span = cause_of(bytes[88]).ok_or_else(|| field("span_cause", "is unknown"))?;
-        let gap = cause_of(bytes[89]).ok_or_else(|| field("gap_cause", "is unknown"))?;
         let state = Self {
-            group: GroupId(id_at(16)),
+            group: GroupId(GROUP.array(bytes)),
             clean: flags & FLAG_CLEAN != 0,
-            seq_end: Seq(u64_at(40)),
-            time_end: TimeUs(u64_at(48)),
-            time: TimeUs(u64_at(56)),
-            boot_us: u64_at(64),
-            boot_id: id_at(72),
-            span,
-            gap: gap.map(|cause| OpenGap {
+            intent_lost: flags & FLAG_INTENT_LOST != 0,
+            seq_end: Seq(SEQ_END.u64(bytes)),
+            time_end: TimeUs(TIME_END.u64(bytes)),
+            time: TimeUs(TIME.u64(bytes)),
+            boot_us: BOOT_TIME.u64(bytes),
+            boot_id: BOOT_ID.array(bytes),
+            span: cause_at(SPAN_CAUSE)?,
+            gap: cause_at(GAP_CAUSE)?.map(|cause| OpenGap {
                 cause,
-                first_seq: Seq(u64_at(96)),
-                first_time: TimeUs(u64_at(104)),
-                bytes: u64_at(112),
+                first_seq: Seq(GAP_FIRST_SEQ.u64(bytes)),
+                first_time: TimeUs(GAP_FIRST_TIME.u64(bytes)),
+                bytes: GAP_BYTES.u64(bytes),
             }),
         };
-        Ok((state, u64_at(32)))
+        Ok((state, COUNTER.u64(bytes)))
     }
 }
 
@@ -256,6 +253,7 @@ mod tests {
         TapState {
             group: GroupId([7; 16]),
             clean: seq.is_multiple_of(2),
+            intent_lost: seq == 4,
             seq_end: Seq(seq),
             time_end: TimeUs(seq + 1),
             time: TimeUs(seq + 2),

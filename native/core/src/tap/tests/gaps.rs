@@ -112,10 +112,11 @@ fn full_spool_costs_a_gap_and_recovers_when_targets_have_it() {
         release_all(&tap);
         std::thread::sleep(Duration::from_millis(30));
         let status = tap.status();
-        status.mode == "recording" && !status.in_span
+        // A span end that is only queued may still be lost to the next overflow.
+        let spooled = status.spooled_seq == status.last_seq;
+        status.mode == "recording" && !status.in_span && spooled && tap.bookmark("after").is_ok()
     });
     drop(before);
-    tap.bookmark("after").unwrap();
     tap.stop().unwrap();
 }
 

@@ -19,10 +19,15 @@ use super::bell::Bell;
 use super::bitmap::AtomicBitmap;
 use super::clock::{Clock, TimeSource};
 use super::ring::Ring;
-use super::state::OpenGap;
-use crate::constants::{BLOCK_SIZE, FRAME_BLOCKS_TARGET, REGION_BYTES, SEQ_RESERVE};
+use crate::constants::{BLOCK_SIZE, REGION_BYTES, SEQ_RESERVE};
 use crate::format::record::{Cause, RecordBody};
 use crate::types::{Seq, TimeUs, VolumeIndex};
+
+mod control;
+mod drain;
+mod state;
+
+pub use state::QueueState;
 
 /// Records that may wait.
 pub const ENTRIES_MAX: usize = 32_768;
@@ -139,47 +144,6 @@ pub struct QueueVolume {
     pub to_copy: AtomicBitmap,
 }
 
-#[derive(Debug)]
-pub struct QueueState {
-    pub next_seq: u64,
-    pub last_time: u64,
-    pub clock: Clock,
-    /// Seq and time may be used below these: what is durable in the state file.
-    pub seq_limit: u64,
-    pub time_limit: u64,
-    entries: VecDeque<Entry>,
-    /// Entries at the front that an encoder thread has taken.
-    taken: usize,
-    next_index: u64,
-    head: u64,
-    tail: u64,
-    waiting_blocks: u64,
-    /// An encoder thread sleeps until this many blocks wait.
-    wake_blocks: u64,
-    urgent: u64,
-    pub spooled: u64,
-    /// Records below that are not in the spool were given up.
-    lost_before: u64,
-    pub mode: Mode,
-    pub gap: Option<OpenGap>,
-    pub in_span: Option<Cause>,
-    /// Seq of the newest SPAN_BEGIN or SPAN_END.
-    pub span_seq: u64,
-    /// Somebody waits for the state file to reserve more.
-    pub wants_numbers: bool,
-    pub copy_left: u64,
-    pub copy_total: u64,
-    room_waiters: usize,
-    progress: Instant,
-    barrier_due: bool,
-    rollover_due: bool,
-    closing: bool,
-    abandoned: bool,
-    pub writes: u64,
-    pub write_bytes: u64,
-    pub slowed: u64,
-}
-
 /// Limits that tests make smaller.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueLimits {
@@ -237,6 +201,7 @@ impl Queue {
             wake_blocks: AWAKE,
             urgent: 0,
             spooled: next_seq.0.max(1) - 1,
+            lost_from: 0,
             lost_before: 0,
             mode: Mode::Recording,
             gap: None,
@@ -354,7 +319,7 @@ impl Queue {
                     .clear(first, end);
                 state.copy_left -= cleared;
             }
-            if want.kind != Kind::Resync {
+            if want.kind != Kind::Resync && want.copied.is_none() {
                 state.writes += 1;
                 state.barrier_due = true;
             }
@@ -422,195 +387,6 @@ impl Queue {
         }
     }
 
-    /// Stops recording from the next seq on; what is queued may still reach the spool.
-    pub fn open_gap(&self, state: &mut QueueState, cause: Cause) {
-        if state.gap.is_none() {
-            state.gap = Some(OpenGap {
-                cause,
-                first_seq: Seq(state.next_seq),
-                first_time: TimeUs(state.clock.at(self.time.boot_us()).max(state.last_time + 1)),
-                bytes: 0,
-            });
-        }
-        state.mode = Mode::ExtentsOnly;
-        self.room.notify_all();
-        self.spooled.notify_all();
-        self.housekeeper.ring();
-    }
-
-    /// The spool takes no more: everything that is not committed becomes regions to copy, and a
-    /// gap begins with it.
-    pub fn give_up(&self, cause: Cause) {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        let first = state.entries.front().map(|entry| (entry.seq, entry.time));
-        self.open_gap(state, cause);
-        if let (Some(gap), Some((seq, time))) = (&mut state.gap, first)
-            && seq < gap.first_seq.0
-        {
-            gap.first_seq = Seq(seq);
-            gap.first_time = TimeUs(time);
-        }
-        let mut lost_bytes = 0;
-        for entry in &state.entries {
-            if entry.kind == Kind::Control {
-                continue;
-            }
-            let volume = &self.volumes[usize::from(entry.slot)];
-            let (first, end) = regions(entry.start, entry.blocks);
-            let fresh = volume.to_copy.set(first, end);
-            state.copy_left += fresh;
-            state.copy_total += fresh;
-            if entry.kind != Kind::Resync {
-                lost_bytes += entry.blocks * BLOCK_SIZE as u64;
-            }
-        }
-        if let Some(gap) = &mut state.gap {
-            gap.bytes += lost_bytes;
-        }
-        state.lost_before = state.next_seq;
-        self.work.notify_all();
-    }
-
-    /// Marks regions of a volume to be copied.
-    pub fn mark_regions(&self, state: &mut QueueState, slot: usize, first: u64, end: u64) {
-        let fresh = self.volumes[slot].to_copy.set(first, end);
-        state.copy_left += fresh;
-        state.copy_total += fresh;
-    }
-
-    /// Appends a control record now; it never waits. `None` if extents only are recorded or no
-    /// number or place is left.
-    pub fn place_control(&self, body: RecordBody) -> Option<(Seq, TimeUs)> {
-        let mut state = self.state.lock();
-        self.push_control(&mut state, body, false)
-    }
-
-    fn push_control(
-        &self,
-        state: &mut QueueState,
-        body: RecordBody,
-        begin: bool,
-    ) -> Option<(Seq, TimeUs)> {
-        let boot = self.time.boot_us();
-        let full = state.entries.len() >= ENTRIES_MAX;
-        if state.mode != Mode::Recording || full || !state.reserved(1, boot) {
-            return None;
-        }
-        self.published(state.next_index)
-            .store(true, Ordering::Release);
-        let want = Want {
-            kind: Kind::Control,
-            slot: 0,
-            start: 0,
-            blocks: 0,
-            copied: None,
-        };
-        let placed = state.push(&want, boot, 0, begin, Some(Box::new(body)));
-        state.waiting_blocks += 1;
-        if state.wakes_encoder() {
-            self.work.notify_one();
-        }
-        Some(placed)
-    }
-
-    /// A FLUSH arrived: places a BARRIER if writes came since the last one, and returns the seq
-    /// that must be in the spool before the answer.
-    pub fn barrier(&self) -> Seq {
-        let mut state = self.state.lock();
-        if state.barrier_due
-            && self
-                .push_control(&mut state, RecordBody::Barrier, false)
-                .is_some()
-        {
-            state.barrier_due = false;
-        }
-        Seq(state.next_seq - 1)
-    }
-
-    /// Places the head of a new incarnation: its VOLUME records.
-    pub fn begin_incarnation(&self, state: &mut QueueState) -> bool {
-        let boot = self.time.boot_us();
-        let count = self.volumes.len();
-        let fits = state.entries.len() + count < ENTRIES_MAX && state.reserved(count as u64, boot);
-        if state.mode != Mode::Recording || !fits {
-            return false;
-        }
-        for (position, volume) in self.volumes.iter().enumerate() {
-            let (volume, size, name) = (volume.index, volume.size, volume.name.clone());
-            self.push_control(
-                state,
-                RecordBody::Volume { volume, size, name },
-                position == 0,
-            );
-        }
-        state.rollover_due = false;
-        true
-    }
-
-    /// The incarnation is long enough: begin the next, once.
-    pub fn roll_over(&self) {
-        let mut state = self.state.lock();
-        if !state.rollover_due {
-            state.rollover_due = true;
-            if !self.begin_incarnation(&mut state) {
-                state.rollover_due = false;
-            }
-        }
-    }
-
-    /// Recording again: new incarnation, the GAP, and a span in which the copier makes good.
-    /// Does nothing and returns false if numbers are not reserved.
-    pub fn resume(&self, state: &mut QueueState) -> bool {
-        state.mode = Mode::Recording;
-        let end_seq = Seq(state.next_seq);
-        if !self.begin_incarnation(state) {
-            state.mode = Mode::ExtentsOnly;
-            return false;
-        }
-        if let Some(gap) = state.gap.take() {
-            let OpenGap {
-                cause,
-                first_seq,
-                first_time,
-                bytes,
-            } = gap;
-            let record = RecordBody::Gap {
-                cause,
-                first_seq,
-                end_seq,
-                first_time,
-                bytes,
-            };
-            self.push_control(state, record, false);
-            self.begin_span(state, cause);
-        }
-        self.room.notify_all();
-        true
-    }
-
-    pub fn begin_span(&self, state: &mut QueueState, cause: Cause) {
-        let placed = self.push_control(state, RecordBody::SpanBegin { cause }, false);
-        if let Some((seq, _)) = placed {
-            state.in_span = Some(cause);
-            state.span_seq = seq.0;
-        }
-    }
-
-    /// Ends the span if nothing is left to copy.
-    pub fn end_span(&self) -> Option<Seq> {
-        let mut state = self.state.lock();
-        if state.in_span.is_none() || state.copy_left > 0 {
-            return None;
-        }
-        let (seq, _) = self.push_control(&mut state, RecordBody::SpanEnd, false)?;
-        state.in_span = None;
-        state.span_seq = seq.0;
-        state.copy_total = 0;
-        self.hurry(&mut state, seq);
-        Some(seq)
-    }
-
     pub fn last_seq(&self) -> Seq {
         Seq(self.state.lock().next_seq - 1)
     }
@@ -661,146 +437,26 @@ impl Queue {
             self.hurry(&mut state, seq);
         }
         loop {
+            if (state.lost_from..state.lost_before).contains(&seq.0) {
+                return Ok(false);
+            }
             if state.spooled >= seq.0 {
                 return Ok(true);
             }
             if state.abandoned {
                 return Err(Refused::Ended);
             }
-            if state.mode == Mode::ExtentsOnly || seq.0 < state.lost_before {
+            if state.mode == Mode::ExtentsOnly {
                 return Ok(false);
             }
             let since = state.progress;
-            let deadline = since.max(Instant::now() - self.limits.stuck / 2) + self.limits.stuck;
+            // The encoder may have been idle: at least half the time counts from now.
+            let half = self.limits.stuck / 2;
+            let deadline = (since + self.limits.stuck).max(Instant::now() + half);
             let timeout = self.spooled.wait_until(&mut state, deadline);
             if timeout.timed_out() && state.progress == since && state.mode == Mode::Recording {
                 self.open_gap(&mut state, Cause::EncoderStuck);
             }
-        }
-    }
-
-    /// Takes the records of the next frame, waiting for them. False: the tap ends.
-    pub fn take(&self, batch: &mut Vec<Entry>) -> bool {
-        batch.clear();
-        let mut misses = 0u32;
-        let mut state = self.state.lock();
-        loop {
-            if state.abandoned {
-                return false;
-            }
-            let Some(first) = state.entries.get(state.taken) else {
-                if state.closing {
-                    return false;
-                }
-                state.wake_blocks = 0;
-                self.work.wait(&mut state);
-                continue;
-            };
-            let queued = first.queued;
-            let due = state.closing
-                || state.waiting_blocks >= FRAME_BLOCKS_TARGET as u64
-                || state.entries.len() - state.taken >= BATCH_RECORDS_MAX
-                || state.urgent >= first.seq
-                || first.seq < state.lost_before
-                || state.room_waiters > 0;
-            if !due {
-                let age = self.time.boot_us().saturating_sub(queued);
-                let delay = self.limits.frame_delay;
-                let left = delay.saturating_sub(Duration::from_micros(age));
-                if !left.is_zero() {
-                    state.wake_blocks = FRAME_BLOCKS_TARGET as u64;
-                    self.work.wait_for(&mut state, left);
-                    state.wake_blocks = AWAKE;
-                    continue;
-                }
-            }
-            if self.take_ready(&mut state, batch) {
-                return true;
-            }
-            // The first record is being copied into the ring at this moment.
-            misses += 1;
-            MutexGuard::unlocked(&mut state, || {
-                if misses < 100 {
-                    std::thread::yield_now();
-                } else {
-                    std::thread::sleep(Duration::from_micros(100));
-                }
-            });
-        }
-    }
-
-    fn take_ready(&self, state: &mut QueueState, batch: &mut Vec<Entry>) -> bool {
-        let mut blocks = 0;
-        let mut next_seq = None;
-        while blocks < FRAME_BLOCKS_TARGET as u64 && batch.len() < BATCH_RECORDS_MAX {
-            let position = state.taken;
-            let Some(entry) = state.entries.get_mut(position) else {
-                break;
-            };
-            let continues = next_seq.is_none_or(|seq| seq == entry.seq && !entry.begin);
-            if !continues || !self.published(entry.index).load(Ordering::Acquire) {
-                break;
-            }
-            let payload = if entry.kind.has_payload() {
-                entry.blocks
-            } else {
-                0
-            };
-            batch.push(Entry {
-                control: entry.control.take(),
-                ..*entry
-            });
-            next_seq = Some(entry.seq + 1);
-            blocks += payload;
-            state.taken += 1;
-            state.waiting_blocks -= payload.max(1);
-        }
-        !batch.is_empty()
-    }
-
-    /// Bytes of a taken record.
-    pub fn payload(&self, entry: &Entry) -> &[u8] {
-        let blocks = usize::try_from(entry.blocks).expect("invariant: at most a record");
-        self.ring.read(entry.offset, blocks * BLOCK_SIZE)
-    }
-
-    /// Consecutive bytes of the ring that belong to taken records.
-    pub fn bytes(&self, offset: usize, length: usize) -> &[u8] {
-        self.ring.read(offset, length)
-    }
-
-    /// Whether records from `seq` on were given up.
-    pub fn is_lost(&self, seq: u64) -> bool {
-        seq < self.state.lock().lost_before
-    }
-
-    /// The oldest `count` taken records leave the queue: they are in the spool, or lost.
-    pub fn committed(&self, count: usize, in_spool: bool) {
-        let mut state = self.state.lock();
-        let mut last = None;
-        for entry in state.entries.drain(..count) {
-            last = Some((entry.seq, entry.ring_end));
-        }
-        state.taken -= count;
-        if let Some((seq, ring_end)) = last {
-            state.tail = ring_end;
-            if in_spool {
-                state.spooled = seq;
-            }
-        }
-        if state.entries.is_empty() {
-            state.tail = state.head;
-        }
-        state.progress = Instant::now();
-        let wake_room = state.room_waiters > 0;
-        let resume = state.mode == Mode::ExtentsOnly;
-        drop(state);
-        if wake_room {
-            self.room.notify_all();
-        }
-        self.spooled.notify_all();
-        if resume {
-            self.housekeeper.ring();
         }
     }
 
@@ -833,80 +489,4 @@ impl Queue {
 pub fn regions(start: u64, blocks: u64) -> (u64, u64) {
     let per_region = REGION_BYTES / BLOCK_SIZE as u64;
     (start / per_region, (start + blocks).div_ceil(per_region))
-}
-
-impl QueueState {
-    /// Whether `count` numbers may be used at this moment.
-    fn reserved(&self, count: u64, boot: u64) -> bool {
-        let time = self.clock.at(boot).max(self.last_time + 1) + count;
-        self.next_seq + count <= self.seq_limit && time < self.time_limit
-    }
-
-    /// Bytes left unused at the ring's end, so that a record's bytes lie in one piece.
-    fn skip(&self, length: usize, capacity: usize) -> u64 {
-        let position = self.head % capacity as u64;
-        let left = capacity as u64 - position;
-        if (length as u64) > left { left } else { 0 }
-    }
-
-    fn has_room(&self, records: usize, length: usize, capacity: usize) -> bool {
-        self.entries.len() + records <= ENTRIES_MAX - ENTRIES_CONTROL
-            && self.head + self.skip(length, capacity) + length as u64 - self.tail
-                <= capacity as u64
-    }
-
-    fn push(
-        &mut self,
-        want: &Want,
-        boot: u64,
-        offset: usize,
-        begin: bool,
-        control: Option<Box<RecordBody>>,
-    ) -> (Seq, TimeUs) {
-        let (seq, time) = (self.next_seq, self.clock.at(boot).max(self.last_time + 1));
-        self.next_seq += 1;
-        self.last_time = time;
-        if self.entries.is_empty() {
-            self.progress = Instant::now();
-        }
-        self.entries.push_back(Entry {
-            seq,
-            time,
-            queued: boot,
-            kind: want.kind,
-            slot: want.slot,
-            start: want.start,
-            blocks: want.blocks,
-            offset,
-            ring_end: self.head,
-            index: self.next_index,
-            begin,
-            control,
-        });
-        self.next_index += 1;
-        (Seq(seq), TimeUs(time))
-    }
-
-    fn mark(&mut self, volumes: &[QueueVolume], slot: u16, start: u64, blocks: u64) {
-        let (first, end) = regions(start, blocks);
-        let fresh = volumes[usize::from(slot)].to_copy.set(first, end);
-        self.copy_left += fresh;
-        self.copy_total += fresh;
-    }
-
-    fn wakes_encoder(&mut self) -> bool {
-        let wakes = self.waiting_blocks >= self.wake_blocks && self.wake_blocks != AWAKE;
-        if wakes {
-            self.wake_blocks = AWAKE;
-        }
-        wakes
-    }
-
-    pub fn is_idle(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    pub fn queue_bytes(&self) -> u64 {
-        self.head - self.tail
-    }
 }
