@@ -172,6 +172,11 @@ impl Catalog {
         self.inner.lock().listeners.push(listener);
     }
 
+    /// Ends the channels of all listeners. A `SyncHandle` may keep the catalog beyond its writer.
+    pub(super) fn unlisten(&self) {
+        self.inner.lock().listeners.clear();
+    }
+
     /// Makes `length` bytes of a segment durable, its name included.
     pub(super) fn sync_segment(&self, file: &SegmentFile, length: u64) -> Result<(), LogError> {
         self.check()?;

@@ -604,5 +604,6 @@ impl Drop for LogWriter {
             // Its panic would have poisoned nothing; there is nobody left to tell.
             let _ = sealer.join();
         }
+        self.catalog.unlisten();
     }
 }

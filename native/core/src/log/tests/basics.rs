@@ -244,6 +244,24 @@ fn sealed_segments_are_announced_and_runs_noted() {
     }
 }
 
+/// A journal once waited for its indexer for ever, because somebody still held a sync handle.
+#[test]
+fn announcements_end_with_the_writer_though_a_sync_handle_lives() {
+    let (_, directory) = memory();
+    let (mut writer, _) = open(&directory);
+    let sealed = writer.sealed();
+    let mut maker = FrameMaker::new();
+    writer.begin(&maker.header).unwrap();
+    writer.append(&maker.data(1), false).unwrap();
+    let handle = writer.sync_handle().unwrap();
+    drop(writer);
+    assert_eq!(
+        sealed.recv_timeout(Duration::from_secs(5)),
+        Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
+    );
+    drop(handle);
+}
+
 #[test]
 fn trim_gives_back_what_lies_before_a_position() {
     for background in [false, true] {
