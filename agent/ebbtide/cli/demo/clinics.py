@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from ebbtide.cli.demo.hosts import Hosts
 
 #: A file is written with every so many transactions.
-FILE_EVERY = 25
+FILE_EVERY = 50
 IMAGE_BYTES = 192 << 10
 #: Files of one run: reading them back takes part of the demo's minute.
-FILES_MAX = 48
+FILES_MAX = 32
 
 
 class Clinic(ABC):
