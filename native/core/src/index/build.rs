@@ -8,7 +8,7 @@ use super::layout::{Lane, Member, RunHeader, Tail};
 use super::run::Run;
 use super::walk::{SegmentFile, WalkedFrame, Walker};
 use crate::format::FormatError;
-use crate::format::frame::Digest;
+use crate::format::frame::FrameHeader;
 use crate::format::record::{BlockPayload, Payload, PlacedRecord, RecordBody, read_table};
 use crate::log::LogError;
 use crate::types::{BlockIndex, Extent, FrameNo, GroupId, Seq, TimeUs, VolumeIndex};
@@ -78,7 +78,8 @@ struct Span {
     end_seq: Seq,
     first_time: TimeUs,
     last_time: TimeUs,
-    last_digest: Digest,
+    /// Its digest is wanted once, at the end: a hash a frame would cost more than the rest.
+    last: FrameHeader,
 }
 
 const WHAT: &str = "frame in its segment";
@@ -104,7 +105,7 @@ impl Builder {
             end_seq: header.first_seq,
             first_time: header.first_time,
             last_time: header.first_time,
-            last_digest: Digest::default(),
+            last: header.clone(),
         });
         if header.frame_no != span.next_frame {
             return malformed("frame_no", "not the next");
@@ -133,7 +134,7 @@ impl Builder {
         span.next_frame = FrameNo(header.frame_no.0 + 1);
         span.end_seq = Seq(base + u64::from(last_delta));
         span.last_time = header.last_time;
-        span.last_digest = header.digest();
+        span.last = header.clone();
         self.slots.push(offset);
         self.records += u64::from(header.record_count);
         self.bytes = frame.offset + header.frame_len() as u64;
@@ -250,7 +251,7 @@ impl Builder {
             first_slot: 0,
             first_seq: span.base_seq,
             end_seq: span.end_seq,
-            last_digest: span.last_digest,
+            last_digest: span.last.digest(),
         });
         let header = RunHeader {
             group,

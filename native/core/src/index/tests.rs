@@ -8,7 +8,7 @@ use super::testing::{GROUP, Recorder, differences, options};
 use super::*;
 use crate::crypto::Suite;
 use crate::format::record::{Cause, RecordBody};
-use crate::storage::{Directory, MemoryDirectory};
+use crate::storage::{Directory, Fault, FaultyDirectory, Loss, MemoryDirectory};
 use crate::types::{BlockIndex, TimeUs, VolumeIndex};
 
 const BLOCKS: u64 = 96;
@@ -593,6 +593,61 @@ fn a_damaged_run_is_replaced_by_the_segment_and_built_anew() {
     let (journal, _) = Journal::open_with(Arc::new(directory.clone()), GROUP, options(5)).unwrap();
     assert!(journal.wait_indexed(std::time::Duration::from_secs(20)));
     assert_eq!(directory.content(&name).unwrap(), whole);
+}
+
+#[test]
+fn a_crash_while_runs_are_written_leaves_what_can_be_indexed_again() {
+    let directory = MemoryDirectory::new();
+    let shared: Arc<dyn Directory> = Arc::new(directory.clone());
+    let mut recorder = Recorder::new(shared, Suite::Aes256Gcm, options(3));
+    recorder.incarnation(&[SIZE]);
+    for round in 0..30u32 {
+        recorder.write(0, u64::from(round % 9), &[round + 1, round + 2], false);
+        recorder.close();
+    }
+    recorder.settle();
+    recorder.journal.seal().unwrap();
+    let expected = expected_versions(&recorder, 0, BLOCKS, recorder.seq);
+    let bare = directory.fork().crash(Loss::Nothing);
+    for name in recorder.files(".run") {
+        bare.remove(&name).unwrap();
+    }
+    bare.sync().unwrap();
+    let wait = std::time::Duration::from_secs(20);
+    for operation in 1.. {
+        let memory = bare.fork();
+        let faulty = Arc::new(FaultyDirectory::new(Arc::new(memory.clone())));
+        faulty.fail_change(operation, Fault::Stop);
+        let opened = Journal::open_with(Arc::<FaultyDirectory>::clone(&faulty), GROUP, options(3));
+        if let Ok((journal, _)) = &opened {
+            while !journal.wait_indexed(std::time::Duration::from_millis(5)) {
+                if journal.index_error().is_some() {
+                    break;
+                }
+            }
+        }
+        let over = !faulty.stopped();
+        drop(opened);
+        let losses = [Loss::Nothing, Loss::Everything, Loss::Random(operation)];
+        for loss in losses {
+            let after: Arc<dyn Directory> = Arc::new(memory.fork().crash(loss));
+            let before_repair = History::open(Arc::clone(&after), GROUP, None).unwrap();
+            let found = versions(&before_repair, 0, BLOCKS, recorder.seq);
+            assert_eq!(found, expected, "operation {operation}, {loss:?}");
+            let (journal, _) = Journal::open_with(Arc::clone(&after), GROUP, options(3)).unwrap();
+            assert!(journal.wait_indexed(wait), "{:?}", journal.index_error());
+            let repaired = History::open(Arc::clone(&after), GROUP, None).unwrap();
+            assert_eq!(repaired.findings(), &[] as &[String]);
+            assert!(repaired.run_count() < 7, "{} runs", repaired.run_count());
+            assert_eq!(versions(&repaired, 0, BLOCKS, recorder.seq), expected);
+            let left = after.list().unwrap();
+            assert!(!left.iter().any(|name| name.contains(".tmp")), "{left:?}");
+        }
+        if over {
+            assert!(operation > 30, "{operation}");
+            return;
+        }
+    }
 }
 
 #[test]
