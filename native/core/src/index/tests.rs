@@ -605,8 +605,8 @@ fn a_crash_while_runs_are_written_leaves_what_can_be_indexed_again() {
         recorder.write(0, u64::from(round % 9), &[round + 1, round + 2], false);
         recorder.close();
     }
-    recorder.settle();
     recorder.journal.seal().unwrap();
+    recorder.settle();
     let expected = expected_versions(&recorder, 0, BLOCKS, recorder.seq);
     let bare = directory.fork().crash(Loss::Nothing);
     for name in recorder.files(".run") {
