@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, timedelta, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbtide.errors import UsageError
@@ -20,6 +20,7 @@ from ebbtide.times import (
 NOW = 1_772_345_678_123_456
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(0, TIME_US_MAX - 2 * 86_400_000_000), st.integers(-23 * 60, 23 * 60))
 def test_what_is_printed_is_read_back(time_us: int, offset_minutes: int) -> None:
     zone = timezone(timedelta(minutes=offset_minutes))
