@@ -2,8 +2,10 @@
 //!
 //! `fuse_file holder SOCKET DIRECTORY` mounts and holds. `fuse_file serve CONTROL FILE...` serves
 //! the files (under their own names) once it is sent AttachFuse. `fuse_file request SOCKET VERB`
-//! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file loop-attach
-//! FILE`, `loop-detach DEVICE`, `loop-list` are the functions of that name.
+//! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file tap CONTROL
+//! BACKING DIRECTORY` is a whole tap server instead, with spool and state under DIRECTORY and a fixed
+//! key. `fuse_file loop-attach FILE`, `loop-detach DEVICE`, `loop-list` are the functions of that
+//! name.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,7 +19,8 @@ use ebbtide_core::server::control::{Call, ControlServer, Handler, Reply, listen}
 use ebbtide_core::server::proto::request::Verb;
 use ebbtide_core::server::proto::response::Result as Outcome;
 use ebbtide_core::server::proto::{
-    AttachFuseRequest, HolderLaunch, Request, Response, StatusRequest, StopRequest, TapStatus,
+    AttachFuseRequest, HolderLaunch, Request, Response, StatusRequest, StopRequest, TapLaunch,
+    TapStatus, TapVolume,
 };
 use ebbtide_core::server::run::{Exit, Signals, report_ready};
 use ebbtide_core::server::{self, Failure, FuseFront, memory, wire};
@@ -163,6 +166,32 @@ fn serve(control: &Path, paths: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
+fn tap(control: &str, backing: &str, directory: &str) -> i32 {
+    let name = Path::new(backing)
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    let launch = TapLaunch {
+        group: vec![7; 16],
+        group_name: "test".into(),
+        generation_counter: 1,
+        generation_site: 1,
+        suite: 2,
+        key: vec![9; 32],
+        volumes: vec![TapVolume {
+            index: 0,
+            name: name.unwrap_or_default(),
+            backing: backing.into(),
+        }],
+        spool_dir: format!("{directory}/spool"),
+        state_dir: format!("{directory}/state"),
+        control_socket: control.into(),
+        nbd_unix: format!("{directory}/nbd"),
+        spool_bytes_max: 64 << 30,
+        ..TapLaunch::default()
+    };
+    server::tap_main(&launch.encode_to_vec())
+}
+
 fn request(socket: &str, verb: &str) -> Result<(), String> {
     let verb = match verb.split_once('=') {
         Some(("attach", holder)) => Verb::AttachFuse(AttachFuseRequest {
@@ -205,6 +234,10 @@ fn main() -> ExitCode {
         }
         ["serve", control, _, ..] => {
             serve(&PathBuf::from(control), &arguments[2..]).map_err(|error| error.to_string())
+        }
+        ["tap", control, backing, directory] => {
+            let code = tap(control, backing, directory);
+            return ExitCode::from(u8::try_from(code).unwrap_or(1));
         }
         ["request", socket, verb] => request(socket, verb),
         ["loop-attach", file] => server::loop_attach(Path::new(file), false)

@@ -21,7 +21,7 @@ use crate::constants::LABEL_BYTES_MAX;
 use crate::device::BlockDevice;
 use crate::log::{LogEnd, LogPosition};
 use crate::nbd;
-use crate::tap::Tap;
+use crate::tap::{Tap, TapParts};
 use crate::types::{FrameNo, IncarnationId, Seq, TimeUs, VolumeIndex};
 
 /// Runs a tap server until it is told to stop. `launch` is an encoded `TapLaunch`.
@@ -49,7 +49,9 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
     let listener = listen(socket)?;
 
     let volumes = config.volumes.clone();
-    let tap = Tap::start(config)?;
+    let mut parts = TapParts::real(&config)?;
+    parts.queue_bytes = memory::cache_limit(parts.queue_bytes as u64);
+    let tap = Tap::start_with(config, parts)?;
     let mut devices: Vec<(String, Arc<dyn BlockDevice>)> = Vec::with_capacity(volumes.len());
     let mut shown = Vec::with_capacity(volumes.len());
     for volume in &volumes {
@@ -106,6 +108,7 @@ impl TapServer {
         let status = self.tap.status();
         let mountpoint = self.front.mountpoint();
         let mut notices = self.notices.clone();
+        notices.extend(status.notices);
         notices.extend(self.front.notice());
         notices.extend(status.notices);
         proto::TapStatus {
@@ -139,6 +142,7 @@ impl TapServer {
             notices,
             fuse_mountpoint: mountpoint.unwrap_or_default(),
             cache_bytes: self.cache_bytes,
+            slowed_writes: status.slowed_writes,
         }
     }
 
