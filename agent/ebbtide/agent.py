@@ -17,6 +17,7 @@ import structlog
 import uvloop
 
 from ebbtide.config import load_config
+from ebbtide.control.names import SHORT_LEN
 from ebbtide.control.state import StateStore
 from ebbtide.errors import ConfigError, PrivilegeError, RefusedError
 from ebbtide.rpc import agent_pb2_grpc
@@ -41,7 +42,7 @@ GRACE_S = 2.0
 #: Length of a unix socket's path, terminator included (unix(7)).
 SOCKET_PATH_MAX = 108
 #: Characters that the names of our sockets add to the state directory.
-SOCKET_NAME_LEN = len("/run/holder-") + 32 + len(".sock")
+SOCKET_NAME_LEN = len("/run/h-") + SHORT_LEN + len(".sock")
 
 
 class AgentProcess:

@@ -118,8 +118,8 @@ class BlockDevices:
         _require_loop()
         if self.attachment is None:
             attachment = Attachment(
-                mountpoint=str(self._run_dir / f"fuse-{self._name}"),
-                holder_socket=str(self._run_dir / f"holder-{self._name}.sock"),
+                mountpoint=str(self._run_dir / f"f-{self._name}"),
+                holder_socket=str(self._run_dir / f"h-{self._name}.sock"),
                 read_only=read_only,
             )
             holder = self._start_holder(attachment)

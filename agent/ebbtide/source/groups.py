@@ -15,7 +15,7 @@ import grpc
 import structlog
 
 from ebbtide.control.devices import BlockDevices
-from ebbtide.control.names import check_name
+from ebbtide.control.names import SHORT_LEN, check_name
 from ebbtide.control.state import SourceRecord
 from ebbtide.errors import (
     EbbError,
@@ -116,15 +116,15 @@ class SourceGroups:
             await self._state.save()
 
     def _make(self, record: SourceRecord) -> Group:
-        short = record.group[:12]
+        short = record.group[:SHORT_LEN]
 
         async def reattach(client: ControlClient) -> None:
             await group.devices.serve_again(client)
 
         tap = Tap(
             record,
-            socket=self._run_dir / f"tap-{short}.sock",
-            nbd_unix=self._run_dir / f"nbd-{short}.sock",
+            socket=self._run_dir / f"t-{short}.sock",
+            nbd_unix=self._run_dir / f"n-{short}.sock",
             state_dir=self._tap_dir / record.group,
             log=self._log_dir / f"tap-{short}.log",
             unwrap=lambda record: self._master.unwrap(

@@ -14,7 +14,7 @@ import structlog
 
 from ebbtide.control import devices
 from ebbtide.control.devices import BlockDevices
-from ebbtide.control.names import check_name
+from ebbtide.control.names import check_name, short_of
 from ebbtide.control.state import ViewRecord
 from ebbtide.errors import EbbError, NotFoundError, PrivilegeError, RefusedError, UsageError
 from ebbtide.target.view import ViewServer
@@ -94,11 +94,12 @@ class Views:
         async def reattach(client: ControlClient) -> None:
             await view.devices.serve_again(client)
 
+        short = short_of(record.view)
         server = ViewServer(
             record,
             group.record,
-            socket=self._run_dir / f"view-{record.view}.sock",
-            nbd_unix=self._run_dir / f"nbd-{record.view}.sock",
+            socket=self._run_dir / f"v-{short}.sock",
+            nbd_unix=self._run_dir / f"n-{short}.sock",
             log=self._log_dir / f"view-{record.view}.log",
             cache_bytes=self._config.target.view_cache_bytes,
             key=lambda: self._groups.key(group),
@@ -111,7 +112,7 @@ class Views:
             group=group,
             server=server,
             devices=BlockDevices(
-                name=record.view, server=server, run_dir=self._run_dir, log_dir=self._log_dir
+                name=short, server=server, run_dir=self._run_dir, log_dir=self._log_dir
             ),
         )
         self._views[record.view] = view
