@@ -12,7 +12,6 @@ from ebbtide.rpc import agent_pb2 as api
 from ebbtide.rpc.failure import to_message
 from ebbtide.source.shipper import ShipState
 from ebbtide.target.journal import free_bytes
-from ebbtide.times import now_us
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from ebbtide.target.journals import TargetGroup
     from ebbtide.target.views import View
 
-#: A tap's status older than this is asked for anew.
-FRESH_US = 200_000
 REGION_BYTES = 1 << 20
 
 _SOURCE_STATE = {
@@ -65,9 +62,9 @@ def _device(attachment: Attachment | None, volume: str) -> str:
 async def source_group(group: Group) -> api.SourceGroup:
     """One protected group."""
     tap, record = group.tap, group.record
-    if now_us() - tap.status_at_us > FRESH_US:
-        with contextlib.suppress(EbbError):
-            await tap.refresh()
+    # Asked anew each time: who waits for what was written just now must not see an older number.
+    with contextlib.suppress(EbbError):
+        await tap.refresh()
     state = _SOURCE_STATE[tap.state]
     status = tap.status
     if tap.state is ProcessState.SERVING and status is not None and status.mode == "extents-only":
