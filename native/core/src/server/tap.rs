@@ -110,7 +110,6 @@ impl TapServer {
         let mut notices = self.notices.clone();
         notices.extend(status.notices);
         notices.extend(self.front.notice());
-        notices.extend(status.notices);
         proto::TapStatus {
             last_seq: status.last_seq.0,
             last_time_us: status.last_time.0,
