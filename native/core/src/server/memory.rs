@@ -20,10 +20,10 @@ const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// Returns what could not be done, in sentences for people; none of it stops the process.
 pub fn enter_write_back_path() -> Vec<String> {
     let mut notices = Vec::new();
-    // SAFETY: PR_SET_IO_FLUSHER takes one integer and three zeroes and touches no memory of ours.
-    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
-        let error = std::io::Error::last_os_error();
-        notices.push(format!("cannot become an I/O flusher: {error}"));
+    if let Err(error) = become_io_flusher() {
+        notices.push(format!(
+            "cannot become an I/O flusher: {error}; grant CAP_SYS_RESOURCE"
+        ));
     }
     // ONFAULT: pages are locked as they are first used. Locking the whole address space at once
     // would make every thread's stack and arena resident.
@@ -37,6 +37,31 @@ pub fn enter_write_back_path() -> Vec<String> {
     notices
 }
 
+fn become_io_flusher() -> std::io::Result<()> {
+    let (yes, none): (libc::c_ulong, libc::c_ulong) = (1, 0);
+    // SAFETY: PR_SET_IO_FLUSHER takes one integer and three zeroes and touches no memory of ours.
+    match unsafe { libc::prctl(PR_SET_IO_FLUSHER, yes, none, none, none) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Whether the page cache is dangerous for us: a control group limits our memory, others may fill
+/// it, and the kernel does not know that they wait for us.
+pub fn must_avoid_page_cache() -> bool {
+    available_memory() < physical_memory() && become_io_flusher().is_err()
+}
+
+/// Has the allocator keep what it once got. Memory that is given back and asked for again has to be
+/// found again, at a time when there may be none. For a process that `must_avoid_page_cache`.
+pub fn keep_memory() {
+    // SAFETY: mallopt only sets limits of the allocator; these are within its ranges.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+    }
+}
+
 /// Keeps secrets out of core files and away from debuggers of the same user.
 pub fn forbid_core_files() {
     // SAFETY: PR_SET_DUMPABLE takes one integer and touches no memory of ours.
@@ -46,21 +71,23 @@ pub fn forbid_core_files() {
 /// Bytes that this process may use: physical memory, or less if a control group (v1 or v2, its own
 /// or one above) sets a limit.
 pub fn available_memory() -> u64 {
-    let physical = std::fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| meminfo_total(&text))
-        .unwrap_or(u64::MAX);
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     limit_files(&groups, &mounts)
         .iter()
         .filter_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
-        .fold(physical, u64::min)
+        .fold(physical_memory(), u64::min)
 }
 
 /// The bytes that a cache may have: what is configured, or less where memory is short.
 pub fn cache_limit(configured: u64) -> usize {
     usize::try_from(configured.min(available_memory() / CACHE_SHARE)).unwrap_or(usize::MAX)
+}
+
+fn physical_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").ok();
+    text.and_then(|text| meminfo_total(&text))
+        .unwrap_or(u64::MAX)
 }
 
 fn meminfo_total(text: &str) -> Option<u64> {

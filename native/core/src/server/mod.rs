@@ -2,6 +2,7 @@
 
 mod causes;
 pub mod control;
+mod direct;
 mod failure;
 mod front;
 mod holder;

@@ -12,11 +12,11 @@ use super::control::{Call, ControlServer, Handler, Reply, listen};
 use super::failure::Failure;
 use super::front::{FuseFront, exports, listen_nbd};
 use super::launch::{address, path, tap_config};
-use super::memory;
 use super::proto::request::Verb;
 use super::proto::response::Result as Outcome;
 use super::proto::{self, TapLaunch};
 use super::run::{Exit, Signals, finish, report_ready};
+use super::{direct, memory};
 use crate::constants::LABEL_BYTES_MAX;
 use crate::device::BlockDevice;
 use crate::log::{LogEnd, LogPosition};
@@ -38,7 +38,7 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
     memory::forbid_core_files();
     let signals = Signals::block()?;
     // Before any thread starts: they inherit it.
-    let notices = memory::enter_write_back_path();
+    let mut notices = memory::enter_write_back_path();
     let config = tap_config(&launch);
     launch.key.zeroize();
     let config = config?;
@@ -51,6 +51,16 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
     let volumes = config.volumes.clone();
     let mut parts = TapParts::real(&config)?;
     parts.queue_bytes = memory::cache_limit(parts.queue_bytes as u64);
+    if memory::must_avoid_page_cache() {
+        memory::keep_memory();
+        notices.push("direct I/O: memory is shared and this process is no I/O flusher".into());
+        for path in direct::bypass_page_cache(&mut parts, &config) {
+            let path = path.display();
+            notices.push(format!(
+                "{path} has no direct I/O: memory pressure can block it"
+            ));
+        }
+    }
     let tap = Tap::start_with(config, parts)?;
     let mut devices: Vec<(String, Arc<dyn BlockDevice>)> = Vec::with_capacity(volumes.len());
     let mut shown = Vec::with_capacity(volumes.len());

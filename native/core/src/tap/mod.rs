@@ -41,6 +41,7 @@ mod tests;
 pub use backing::{Backing, Run, StorageBacking};
 pub use backing_disk::DiskBacking;
 pub use clock::{SystemTimeSource, TimeSource};
+pub use intent::Identity;
 pub use pipeline::IncarnationLimits;
 pub use start::TapParts;
 
