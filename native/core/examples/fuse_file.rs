@@ -2,10 +2,10 @@
 //!
 //! `fuse_file holder SOCKET DIRECTORY` mounts and holds. `fuse_file serve CONTROL FILE...` serves
 //! the files (under their own names) once it is sent AttachFuse. `fuse_file request SOCKET VERB`
-//! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file tap CONTROL
-//! BACKING DIRECTORY` is a whole tap server instead, with spool and state under DIRECTORY and a fixed
-//! key. `fuse_file loop-attach FILE`, `loop-detach DEVICE`, `loop-list` are the functions of that
-//! name.
+//! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file tap
+//! CONTROL BACKING DIRECTORY` is a whole tap server instead, with spool and state under DIRECTORY
+//! and a fixed key. `fuse_file loop-attach FILE`, `loop-detach DEVICE` and `loop-list` are the
+//! functions of those names.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -29,7 +29,7 @@ struct File {
 /// The directory.
 #[derive(Debug)]
 pub struct Files {
-    files: Vec<File>,
+    list: Vec<File>,
     owner: (u32, u32),
     time_s: u64,
 }
@@ -91,14 +91,14 @@ impl Files {
             rustix::process::getegid().as_raw(),
         );
         Ok(Self {
-            files,
+            list: files,
             owner,
             time_s: now,
         })
     }
 
     fn by_node(&self, node: u64) -> Result<&File, i32> {
-        self.files
+        self.list
             .iter()
             .find(|file| file.node == node)
             .ok_or(libc::ENOENT)
@@ -142,7 +142,7 @@ impl Files {
                 if node != abi::ROOT_ID {
                     return Err(libc::ENOTDIR);
                 }
-                let file = self.files.iter().find(|file| file.name.as_bytes() == name);
+                let file = self.list.iter().find(|file| file.name.as_bytes() == name);
                 let attributes = self.attributes(file.ok_or(libc::ENOENT)?.node)?;
                 Ok(Answer::Body(abi::entry_out(&attributes, VALID_S)))
             }
@@ -209,25 +209,24 @@ impl Files {
             Operation::ReadDir { offset, length } => Ok(self.read_directory(offset, length)),
             Operation::OpenDir => Ok(Answer::Body(abi::open_out(node, 0))),
             Operation::StatFs => {
-                let bytes: u64 = self.files.iter().map(|file| file.device.info().size).sum();
+                let bytes: u64 = self.list.iter().map(|file| file.device.info().size).sum();
                 let blocks = bytes.div_ceil(4096);
                 Ok(Answer::Body(abi::statfs_out(
                     blocks,
-                    self.files.len() as u64,
+                    self.list.len() as u64,
                 )))
             }
-            // FLUSH is close(2), not a promise of durability. It must not wait for us: a process
-            // that has a file open and starts our successor would wait, between fork and exec,
-            // for that successor.
-            Operation::Flush => Err(libc::ENOSYS),
             Operation::Release
             | Operation::ReleaseDir
             | Operation::FsyncDir
             | Operation::Destroy => Ok(empty()),
             Operation::ChangesDirectory => Err(libc::EPERM),
             Operation::Ioctl => Err(libc::ENOTTY),
-            // A request runs to its end, as on a disk; ENOSYS stops the kernel from asking again.
-            Operation::Interrupt | Operation::Other => Err(libc::ENOSYS),
+            // ENOSYS stops the kernel from asking again. INTERRUPT: a request runs to its end, as
+            // on a disk. FLUSH is close(2), not a promise of durability, and must not wait for us:
+            // a process that has a file open and starts our successor would wait, between fork
+            // and exec, for that successor.
+            Operation::Interrupt | Operation::Flush | Operation::Other => Err(libc::ENOSYS),
             Operation::Init { .. } => Err(libc::EPROTO),
         }
     }
@@ -301,7 +300,7 @@ impl Files {
     fn read_directory(&self, offset: u64, length: usize) -> Answer {
         let dots = [(".", abi::ROOT_ID, true), ("..", abi::ROOT_ID, true)];
         let names = self
-            .files
+            .list
             .iter()
             .map(|file| (file.name.as_str(), file.node, false));
         let mut out = Vec::new();

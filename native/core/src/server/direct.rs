@@ -6,8 +6,8 @@
 //! waits for us: for ever. An I/O flusher never waits there; whoever is none must need no pages.
 //! Direct I/O costs the cache, so that it is used only then.
 //!
-//! Blocks of `ALIGN` bytes are read, changed and written where a request covers only a part of one.
-//! The tap locks the blocks of a volume while it writes them, and a file of the log or the state has
+//! Blocks of `ALIGN` bytes are read, changed and written where a request covers a part of one. The
+//! tap locks the blocks of a volume while it writes them, and a file of the log or the state has
 //! one writer: nobody changes the other part meanwhile.
 
 use std::fmt::Debug;
