@@ -237,9 +237,12 @@ class Stack:
                     os.kill(pid, signal.SIGKILL)
 
     def protect(self, group: str, sizes: dict[str, int], **options: Any) -> agent_pb2.SourceGroup:
-        """Protect new, empty image files; options go into the ProtectRequest."""
-        options.setdefault("initial", agent_pb2.ProtectRequest.INITIAL_EMPTY)
-        return self.source.stub.Protect(
+        """Protect new, empty image files and wait for their first copy, which is one record each.
+
+        Options go into the ProtectRequest.
+        """
+        options.setdefault("initial", agent_pb2.ProtectRequest.INITIAL_COPY)
+        made = self.source.stub.Protect(
             agent_pb2.ProtectRequest(
                 name=group,
                 target_peer=self.target.name,
@@ -255,6 +258,15 @@ class Stack:
             ),
             timeout=60,
         )
+        eventually(lambda: self.is_copied(group), what="the first copy ends")
+        return made
+
+    def is_copied(self, group: str) -> bool:
+        """The tap serves, and no inconsistent span is open."""
+        with contextlib.suppress(grpc.RpcError, StopIteration):
+            tap = self.source.source(group).tap
+            return is_alive(tap.pid) and tap.last_seq > 0 and not tap.in_span
+        return False
 
     def uri(self, group: str, volume: str) -> str:
         """NBD address of a protected volume."""
