@@ -258,10 +258,9 @@ def check_history(stack: Stack, committed_before: int) -> None:
         stack.target.stub.MountView(
             agent_pb2.MountViewRequest(view=view.id, directory=str(directory)), timeout=60
         )
-        found = sqlite3.connect(directory / "ward.db")
-        assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert found.execute("SELECT count(*) FROM beat").fetchone()[0] >= committed_before
-        found.close()
+        with contextlib.closing(sqlite3.connect(directory / "ward.db")) as found:
+            assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert found.execute("SELECT count(*) FROM beat").fetchone()[0] >= committed_before
         stack.target.stub.UnmountView(
             agent_pb2.UnmountViewRequest(view=view.id, directory=str(directory)), timeout=60
         )
