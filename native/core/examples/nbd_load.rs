@@ -149,7 +149,11 @@ struct Load {
 impl Load {
     fn new(options: Options) -> Result<Self, Failure> {
         let (stream, export_size) = connect(&options.socket, &options.export)?;
-        let size = if options.size == 0 { export_size } else { options.size.min(export_size) };
+        let size = if options.size == 0 {
+            export_size
+        } else {
+            options.size.min(export_size)
+        };
         let mut pages = Vec::new();
         if options.pages.is_empty() {
             pages.resize(PAGE, 0x5a);
@@ -171,7 +175,13 @@ impl Load {
             next_block: 0,
             random: Random(options.seed),
             out: Vec::with_capacity(options.depth * (28 + options.block)),
-            slots: vec![Slot { begun: Instant::now(), counted: false }; options.depth],
+            slots: vec![
+                Slot {
+                    begun: Instant::now(),
+                    counted: false
+                };
+                options.depth
+            ],
             free: (0..options.depth).collect(),
             input: vec![0; (options.depth * reply_len).clamp(64 << 10, 4 << 20)],
             head: 0,
@@ -254,7 +264,11 @@ impl Load {
         let counting = started + Duration::from_secs_f64(self.options.warmup);
         let end = (self.options.seconds > 0.0)
             .then(|| counting + Duration::from_secs_f64(self.options.seconds));
-        let limit = if self.options.count > 0 { self.options.count } else { u64::MAX };
+        let limit = if self.options.count > 0 {
+            self.options.count
+        } else {
+            u64::MAX
+        };
         let mut answers = if self.options.answers.is_empty() {
             None
         } else {
@@ -331,7 +345,10 @@ impl Load {
 }
 
 fn main() -> ExitCode {
-    match Options::parse().and_then(Load::new).and_then(|mut load| load.run()) {
+    match Options::parse()
+        .and_then(Load::new)
+        .and_then(|mut load| load.run())
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nbd_load: {error}");

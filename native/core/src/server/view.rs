@@ -154,7 +154,10 @@ impl ViewServer {
         notices.extend(self.front.notice());
         notices.extend(self.view.findings().into_iter().map(|finding| {
             let (volume, block) = (finding.volume.0, finding.block.0);
-            format!("volume {volume}, block {block} cannot be read: {}", finding.what)
+            format!(
+                "volume {volume}, block {block} cannot be read: {}",
+                finding.what
+            )
         }));
         proto::ViewStatus {
             seq: self.point.seq.0,
