@@ -92,9 +92,7 @@ def times_of_writes(stack: Stack, model: Model, first_seq: int) -> list[int]:
     )
     kinds = {"write": "write", "zero": "zero", "trim": "discard"}
     records = [
-        found
-        for found in result.records
-        if found.kind in kinds.values() and found.seq >= first_seq
+        found for found in result.records if found.kind in kinds.values() and found.seq >= first_seq
     ]
     assert len(records) == len(model.writes)
     for record, write in zip(records, model.writes, strict=True):

@@ -42,7 +42,8 @@ def test_code_is_finished_ascii_and_short(path: Path) -> None:
     columns_max = COLUMNS_MAX if path.suffix != ".proto" else 140
     wide = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > columns_max]
     assert not wide, f"lines over {columns_max} columns: {wide}"
-    if not {"tests", "bench", "fuzz"} & set(path.relative_to(ROOT).parts):
+    test = {"tests", "bench", "fuzz"} & set(path.relative_to(ROOT).parts) or "test" in path.stem
+    if not test:
         lines = len(text.split("#[cfg(test)]")[0].splitlines())
         assert lines <= LINES_MAX, f"{lines} lines of production code; find the seam that splits it"
 

@@ -1,5 +1,6 @@
 //! Serves a plain file over NBD, without history: what the server's tests and measurements run
-//! against. Usage: `nbd_file FILE (--unix PATH | --tcp ADDRESS:PORT)... [--read-only] [--name NAME]`
+//! against. Usage:
+//! `nbd_file FILE (--unix PATH | --tcp ADDRESS:PORT)... [--read-only] [--name NAME]`
 //!
 //! Prints `ready` (and the bound TCP address) on standard output, and serves until its standard
 //! input ends.

@@ -1,6 +1,6 @@
 //! Incident: the server of a mounted file system is killed. Its successor takes the descriptor
-//! from the holder and the kernel sends it what the dead one had not answered: no I/O error, nothing
-//! that was flushed is lost. The same when the holder is killed.
+//! from the holder and the kernel sends it what the dead one had not answered: no I/O error,
+//! nothing that was flushed is lost. The same when the holder is killed.
 //!
 //! Needs root, /dev/fuse, loop devices and e2fsprogs; elsewhere each test says so and does nothing.
 //! The processes are those of the example `fuse_file`.

@@ -81,18 +81,18 @@ pub enum LogError {
     },
     #[error("incarnation {0} was not announced")]
     UnknownIncarnation(IncarnationId),
-    #[error("frame {found} came where {expected} was expected", found = found.0, expected = expected.0)]
+    #[error("frame {} came where {} was expected", found.0, expected.0)]
     OutOfOrder { expected: FrameNo, found: FrameNo },
-    #[error("frame {frame} does not continue the chain: its prev is not the last frame's digest", frame = frame.0)]
+    #[error("frame {} breaks the chain: its prev is not the last frame's digest", frame.0)]
     BrokenChain { frame: FrameNo },
-    #[error("frame {frame} needs frame {floor}, which is not held", frame = frame.0, floor = floor.0)]
+    #[error("frame {} needs frame {}, which is not held", frame.0, floor.0)]
     BelowFloor { frame: FrameNo, floor: FrameNo },
     /// A number that this log holds with another digest: a rolled-back or cloned writer.
     #[error("frame {frame} is held with another digest", frame = frame.0)]
     Conflict { frame: FrameNo },
-    #[error("seq {found} is not above {last}, the newest that is held", found = found.0, last = last.0)]
+    #[error("seq {} is not above {}, the newest that is held", found.0, last.0)]
     SeqReused { last: Seq, found: Seq },
-    #[error("time {found} us is not above {last}, the newest that is held", found = found.0, last = last.0)]
+    #[error("time {} us is not above {}, the newest that is held", found.0, last.0)]
     TimeReused { last: TimeUs, found: TimeUs },
     /// The incarnation's header differs from the one held under the same identity.
     #[error("incarnation {0} is held with another header")]

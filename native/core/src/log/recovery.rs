@@ -222,7 +222,8 @@ impl Recovery<'_> {
     ///
     /// Nothing before: the name of a log's first segment is made durable before a second is made,
     /// and trimming keeps the newest sealed one, so nothing was lost. Another incarnation: ordinals
-    /// have no holes, a log that holds something takes it from frame 0 on, and `parent` names the last frame before it, or `begin` has synced that.
+    /// have no holes, a log that holds something takes it from frame 0 on, and `parent` names the
+    /// last frame before it, or `begin` has synced that.
     fn follows(&self, id: SegmentId, walk: &Walk, entry: &SegmentEntry) -> bool {
         let Some(last) = self.manifest.segments.last() else {
             return true;

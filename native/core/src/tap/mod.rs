@@ -319,10 +319,10 @@ impl Tap {
     pub fn new_incarnation(&self, above_seq: Seq, above_time: TimeUs) -> Result<(), TapError> {
         let core = &self.core;
         core.store_state(false, (above_seq, above_time), |_| {})
-            .map_err(state_failed)?;
+            .map_err(|error| state_failed(&error))?;
         let seq = {
             let mut state = core.queue.lock();
-            core.queue.raise(&mut state, above_seq, above_time);
+            state.raise(above_seq, above_time);
             if state.mode == Mode::ExtentsOnly {
                 // Recording resumes with a new incarnation in any case.
                 return Ok(());
@@ -347,12 +347,12 @@ impl Tap {
             .position(|known| known.config.index == volume);
         let slot = slot.ok_or_else(|| TapError::State(format!("no volume {}", volume.0)))?;
         let intent = &core.volumes[slot].intent;
-        intent.dirty_all().map_err(state_failed)?;
+        intent.dirty_all().map_err(|error| state_failed(&error))?;
         let _turn = core.span_turn.lock();
         core.store_state(false, (Seq(0), TimeUs(0)), |keeper| {
             keeper.span = keeper.span.or(Some(Cause::Requested));
         })
-        .map_err(state_failed)?;
+        .map_err(|error| state_failed(&error))?;
         let mut state = core.queue.lock();
         core.queue
             .mark_regions(&mut state, slot, 0, intent.durable().bits());
@@ -426,17 +426,20 @@ impl Tap {
                     "a write-intent bitmap has failed".to_owned(),
                 ));
             }
-            let identity = volume.backing.identity().map_err(state_failed)?;
+            let identity = volume
+                .backing
+                .identity()
+                .map_err(|error| state_failed(&error))?;
             volume
                 .intent
                 .update_header(|header| {
                     header.clean = true;
                     header.identity = identity;
                 })
-                .map_err(state_failed)?;
+                .map_err(|error| state_failed(&error))?;
         }
         core.store_state(true, (Seq(0), TimeUs(0)), |_| {})
-            .map_err(state_failed)
+            .map_err(|error| state_failed(&error))
     }
 
     fn join_encoders(&self) -> bool {
@@ -485,7 +488,7 @@ impl Drop for Tap {
     }
 }
 
-fn state_failed(source: std::io::Error) -> TapError {
+fn state_failed(source: &std::io::Error) -> TapError {
     TapError::State(format!("the tap's state could not be written: {source}"))
 }
 

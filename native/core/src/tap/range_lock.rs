@@ -267,7 +267,8 @@ mod tests {
                         let start = (random >> 33) % 200;
                         let blocks = (random >> 50) % 56 + 1;
                         let _guard = lock.lock(start, blocks);
-                        let range = start as usize..(start + blocks) as usize;
+                        let whole = |block| usize::try_from(block).unwrap();
+                        let range = whole(start)..whole(start + blocks);
                         for owner in &owners[range.clone()] {
                             assert_eq!(owner.swap(thread, Ordering::SeqCst), 0);
                         }

@@ -287,8 +287,8 @@ impl CellReader {
     }
 }
 
-/// Fills the blocks that one answer of the index covers from their cells; returns the bytes, or None
-/// if `cell` had none.
+/// Fills the blocks that one answer of the index covers from their cells; returns the bytes, or
+/// None if `cell` had none.
 fn fill(
     (version, alike): (Version, u64),
     buffer: &mut [u8],

@@ -407,12 +407,6 @@ impl Queue {
         state.reserved(count, self.time.boot_us())
     }
 
-    /// Raises seq and time above what a target holds. The state file knows of it already.
-    pub fn raise(&self, state: &mut QueueState, seq: Seq, time: TimeUs) {
-        state.next_seq = state.next_seq.max(seq.0 + 1);
-        state.last_time = state.last_time.max(time.0);
-    }
-
     /// Has the frame with `seq` closed at once.
     fn hurry(&self, state: &mut QueueState, seq: Seq) {
         state.urgent = state.urgent.max(seq.0);

@@ -53,6 +53,12 @@ pub struct QueueState {
 }
 
 impl QueueState {
+    /// Raises seq and time above what a target holds. The state file knows of it already.
+    pub fn raise(&mut self, seq: Seq, time: TimeUs) {
+        self.next_seq = self.next_seq.max(seq.0 + 1);
+        self.last_time = self.last_time.max(time.0);
+    }
+
     /// Whether `count` numbers may be used at this moment.
     pub(super) fn reserved(&self, count: u64, boot: u64) -> bool {
         let time = self.clock.at(boot).max(self.last_time + 1) + count;

@@ -54,18 +54,17 @@ impl Replay {
         let mut held: HashMap<Key, Vec<u8>> = HashMap::new();
         let mut in_span = false;
         while let Some(batch) = reader.next_batch(end, 1 << 20).unwrap() {
-            if let Some(header) = &batch.header {
-                if current
+            if let Some(header) = &batch.header
+                && current
                     .as_ref()
                     .is_none_or(|(id, _)| *id != header.incarnation)
-                {
-                    let suite = Suite::try_from(header.suite).unwrap();
-                    let id = header.incarnation;
-                    let derived = IncarnationKey::derive(suite, key, group, id, &header.salt);
-                    current = Some((id, derived));
-                    replay.incarnations.push(id);
-                    held.clear();
-                }
+            {
+                let suite = Suite::try_from(header.suite).unwrap();
+                let id = header.incarnation;
+                let derived = IncarnationKey::derive(suite, key, group, id, &header.salt);
+                current = Some((id, derived));
+                replay.incarnations.push(id);
+                held.clear();
             }
             let (_, key) = current.as_ref().unwrap();
             let mut bytes = &batch.frames[..];
