@@ -468,7 +468,7 @@ def copy_mb_s(bench: Bench, pages: data.Pages, suite: Suite) -> float:
     with Product.run(bench.work) as product:
         group = group_name("copy", suite)
         begun = time.monotonic()
-        product.protect(group, image, suite, copy=True, wait=False)
+        product.protect(group, image, suite, wait=False)
         product.wait_copied(group)
         product.settle(group)
         took = time.monotonic() - begun

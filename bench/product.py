@@ -111,19 +111,15 @@ class Product:
                         return True
         return False
 
-    def protect(
-        self, group: str, image: Path, suite: Suite, *, copy: bool = False, wait: bool = True
-    ) -> None:
-        """Protect an existing image; `copy`: its present content becomes part of history."""
+    def protect(self, group: str, image: Path, suite: Suite, *, wait: bool = True) -> None:
+        """Protect an existing image; `wait`: until its present content is part of history."""
         from ebbtide.rpc import agent_pb2
 
-        initial = "INITIAL_COPY" if copy else "INITIAL_EMPTY"
         self._stack.source.stub.Protect(
             agent_pb2.ProtectRequest(
                 name=group,
                 target_peer=self._stack.target.name,
                 suite=suite.number,
-                initial=agent_pb2.ProtectRequest.Initial.Value(initial),
                 volumes=[agent_pb2.ProtectVolume(name="disk", backing=str(image))],
             ),
             timeout=120,

@@ -235,7 +235,7 @@ def test_target_away_at_the_start(tmp_path: Path, rng: random.Random) -> None:
         image.write_bytes(bytes(SIZE))
         error = refused(
             stack.source, ExitCode.UNREACHABLE, "protect", "ward", f"disk={image}", "--to",
-            "target", "--empty",
+            "target",
         )  # fmt: skip
         assert "target" in error["message"]
         stack.target.start()

@@ -241,7 +241,6 @@ class Stack:
 
         Options go into the ProtectRequest.
         """
-        options.setdefault("initial", agent_pb2.ProtectRequest.INITIAL_COPY)
         made = self.source.stub.Protect(
             agent_pb2.ProtectRequest(
                 name=group,

@@ -124,7 +124,6 @@ def test_protect_sends_what_was_asked(
         ("wal", str(home / "his-wal.img"), 64 << 20),
     ]
     assert (request.target_peer, request.suite, request.spool_bytes_max) == ("refuge", 2, 2 << 30)
-    assert request.initial == agent_pb2.ProtectRequest.INITIAL_COPY
 
 
 @pytest.mark.parametrize(

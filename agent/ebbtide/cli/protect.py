@@ -82,9 +82,6 @@ def protect(
         str,
         typer.Option("--to", metavar="PEER", help="Target, by its name in agent.toml."),
     ] = "",
-    empty: Annotated[
-        bool, typer.Option("--empty", help="Nothing worth keeping is on them: no first copy.")
-    ] = False,
     create: Annotated[
         str, typer.Option("--create", metavar="SIZE", help="Make absent image files, this large.")
     ] = "",
@@ -114,9 +111,6 @@ def protect(
         spool_bytes_max=size_option(spool_max, "--spool-bytes-max"),
         cache_bytes=size_option(cache, "--cache-bytes"),
         frame_delay_ms=frame_delay_ms,
-        initial=agent_pb2.ProtectRequest.INITIAL_EMPTY
-        if empty
-        else agent_pb2.ProtectRequest.INITIAL_COPY,
         nbd_tcp=nbd_tcp,
     )
     create_bytes = size_option(create, "--create")

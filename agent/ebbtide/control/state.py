@@ -57,7 +57,6 @@ class SourceRecord(_Record):
     spool_bytes_max: int
     cache_bytes: int
     frame_delay_ms: int
-    initial: Literal["copy", "empty"]
     nbd_tcp: str = ""
     volumes: list[VolumeRecord]
     attachment: Attachment | None = None

@@ -184,14 +184,6 @@ class SourceGroups:
             raise RefusedError(f"a group '{request.name}' exists already", code="exists")
         if request.suite not in SUITES:
             raise UsageError(f"suite {request.suite} is unknown", hint="1 SM4-GCM, 2 AES-256-GCM")
-        initial = {
-            api.ProtectRequest.INITIAL_COPY: "copy",
-            api.ProtectRequest.INITIAL_EMPTY: "empty",
-        }.get(request.initial)
-        if initial is None:
-            raise UsageError(
-                "it is not said what the volumes hold", hint="copy what they hold, or empty"
-            )
         if request.target_peer:
             self._dialer.address(request.target_peer)
         volumes, made = await asyncio.to_thread(
@@ -212,7 +204,6 @@ class SourceGroups:
             spool_bytes_max=request.spool_bytes_max or source.spool_bytes_max,
             cache_bytes=request.cache_bytes or source.cache_bytes,
             frame_delay_ms=request.frame_delay_ms or source.frame_delay_ms,
-            initial="copy" if initial == "copy" else "empty",
             nbd_tcp=request.nbd_tcp,
             volumes=volumes,
         )

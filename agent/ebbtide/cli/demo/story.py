@@ -107,7 +107,6 @@ class Story:
             name=GROUP,
             target_peer=hosts.target.name,
             suite=1,
-            initial=agent_pb2.ProtectRequest.INITIAL_EMPTY,
         )
         request.volumes.add(
             name=VOLUME, backing=str(hosts.root / "his.img"), create_bytes=VOLUME_BYTES

@@ -74,19 +74,17 @@ pub enum PointSpec {
 pub enum HistoryError {
     #[error(transparent)]
     Log(#[from] LogError),
-    #[error("the point {asked:?} lies before the horizon {horizon:?}")]
+    #[error("time {} us lies before the horizon, {} us", asked.0, horizon.0)]
     BeforeHorizon { asked: TimeUs, horizon: TimeUs },
-    #[error("the point {asked:?} lies behind the newest recovery point {newest:?}")]
+    #[error("time {} us lies behind the newest recovery point, {} us", asked.0, newest.0)]
     InFuture { asked: TimeUs, newest: TimeUs },
-    #[error("seq {asked:?} lies outside of history, which holds {oldest:?} to {newest:?}")]
+    #[error("seq {} lies outside of history, which holds {} to {}", asked.0, oldest.0, newest.0)]
     SeqOutside {
         asked: Seq,
         oldest: Seq,
         newest: Seq,
     },
-    #[error(
-        "the point lies inside an inconsistent span; the last consistent one before is {last:?}"
-    )]
+    #[error("the point lies inside an inconsistent span; {}", before(*.last))]
     InsideSpan { last: Option<Point> },
     #[error("no bookmark is named {0:?}")]
     NoBookmark(String),
@@ -97,4 +95,18 @@ pub enum HistoryError {
     /// The writable layer of a view cannot be used.
     #[error("overlay file {file}: {source}")]
     Overlay { file: String, source: LogError },
+}
+
+/// The consistent point before a span, in words.
+fn before(last: Option<Point>) -> String {
+    last.map_or_else(
+        || "no consistent one lies before it".to_owned(),
+        |point| {
+            let Point { seq, time } = point;
+            format!(
+                "the last consistent one before is seq {} at {} us",
+                seq.0, time.0
+            )
+        },
+    )
 }

@@ -149,7 +149,8 @@ impl From<HistoryError> for Failure {
             HistoryError::Log(error) => return error.into(),
             HistoryError::BeforeHorizon { .. } => ("before-horizon", SPAN),
             HistoryError::InFuture { .. } => ("in-future", SPAN),
-            HistoryError::SeqOutside { .. } => ("no-point", SPAN),
+            HistoryError::SeqOutside { asked, newest, .. } if asked > newest => ("in-future", SPAN),
+            HistoryError::SeqOutside { .. } => ("before-horizon", SPAN),
             HistoryError::Overlay { source, .. } => {
                 let failure = Self::from(source);
                 return Self { message, ..failure };
