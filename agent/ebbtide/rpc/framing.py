@@ -6,14 +6,17 @@ the native reader makes it whole, the native journal is told how many bytes to s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from ebbtide.errors import DamagedError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
+
+M = TypeVar("M", bound="Message")
 
 PROTOCOL: Final = 1
 TAG_LEN: Final = 4
@@ -42,3 +45,14 @@ def tag_of(message: bytes) -> bytes:
     if len(message) < TAG_LEN:
         raise DamagedError(f"a message of {len(message)} bytes came", code="format")
     return message[:TAG_LEN]
+
+
+def body_of(message: bytes, kind: type[M]) -> M:
+    """The protobuf behind the tag. Raises `DamagedError` if it is none."""
+    try:
+        return kind.FromString(message[TAG_LEN:])
+    except DecodeError:
+        raise DamagedError(
+            f"a message {message[:TAG_LEN]!r} came that is no {kind.DESCRIPTOR.name}",
+            code="format",
+        ) from None

@@ -249,7 +249,7 @@ class Shipper:
             raise UnreachableError(f"{self.peer} ended the stream: {await call.details() or code}")
         tag = framing.tag_of(message)
         if tag == framing.FAIL:
-            raise ShipRefusedError(pb.ShipFailure.FromString(message[framing.TAG_LEN :]))
+            raise ShipRefusedError(framing.body_of(message, pb.ShipFailure))
         return bytes(message)
 
     async def _greet(self, call: Any, end: _native.LogEnd) -> pb.Welcome:
@@ -270,7 +270,7 @@ class Shipper:
             raise UnreachableError(f"{self.peer} does not answer", code="timeout") from None
         if framing.tag_of(message) != framing.WELCOME:
             raise error_from("format", f"{self.peer} answered {message[:4]!r} to the greeting")
-        welcome = pb.Welcome.FromString(message[framing.TAG_LEN :])
+        welcome = framing.body_of(message, pb.Welcome)
         if welcome.protocol != framing.PROTOCOL:
             raise error_from("version", f"{self.peer} speaks protocol {welcome.protocol}")
         return welcome
@@ -365,7 +365,7 @@ class Shipper:
             message = await self._read(call)
             if framing.tag_of(message) != framing.ACKNOWLEDGE:
                 raise error_from("format", f"{self.peer} sent {message[:4]!r}")
-            await self._take(pb.Acknowledgement.FromString(message[framing.TAG_LEN :]))
+            await self._take(framing.body_of(message, pb.Acknowledgement))
 
     async def _take(self, answer: pb.Acknowledgement) -> None:
         now = now_us()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: A source that says nothing after connecting is cut off.
 GREETING_S = 10.0
+#: A source that does not take its last acknowledgement for this long is not told why it ends.
+LAST_WORD_S = 5.0
 #: Failures after which a new stream may go well without a hand.
 PASSING = frozenset({"poisoned", "io", "no-space", "timeout", "stopping", "unreachable", "locked"})
 
@@ -69,7 +71,7 @@ class Receiver:
             return
         if framing.tag_of(message) != framing.HELLO:
             raise UsageError("the stream does not begin with a greeting", code="format")
-        hello = pb.Hello.FromString(message[framing.TAG_LEN :])
+        hello = framing.body_of(message, pb.Hello)
         if hello.protocol != framing.PROTOCOL:
             raise UsageError(
                 f"this agent speaks protocol {framing.PROTOCOL}, not {hello.protocol}",
@@ -98,14 +100,16 @@ class Receiver:
                     ),
                 )
             )
-            acknowledging = asyncio.create_task(_acknowledge(journal, context, base))
             taking = asyncio.create_task(_take(journal, context))
+            acknowledging = asyncio.create_task(_acknowledge(journal, context, base, taking))
             try:
                 await asyncio.wait((acknowledging, taking), return_when=asyncio.FIRST_COMPLETED)
+                # A write that is cut off still occupies the stream: what is said last must wait.
+                await asyncio.wait((acknowledging,), timeout=LAST_WORD_S)
             finally:
                 for task in (acknowledging, taking):
                     task.cancel()
-                results = await asyncio.gather(acknowledging, taking, return_exceptions=True)
+                results = await asyncio.gather(taking, acknowledging, return_exceptions=True)
             for result in results:
                 if isinstance(result, EbbError):
                     raise result
@@ -125,9 +129,14 @@ async def _take(journal: GroupJournal, context: Any) -> None:
                 raise UsageError(f"a message {tag!r} came on the stream", code="format")
 
 
-async def _acknowledge(journal: GroupJournal, context: Any, base: int) -> None:
-    """Say what is durable whenever that changed, and when intake pauses or goes on."""
-    while True:
+async def _acknowledge(
+    journal: GroupJournal, context: Any, base: int, taking: asyncio.Task[None]
+) -> None:
+    """Say what is durable whenever that changed, and when intake pauses or goes on.
+
+    Ends when `taking` has.
+    """
+    while not taking.done():
         changed = journal.changed
         if journal.failure is not None:
             raise journal.failure
@@ -147,7 +156,11 @@ async def _acknowledge(journal: GroupJournal, context: Any, base: int) -> None:
                 ),
             )
         )
-        await changed.wait()
+        waiting = asyncio.create_task(changed.wait())
+        try:
+            await asyncio.wait((waiting, taking), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
 
 
 class _FencedError(RefusedError):
