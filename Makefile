@@ -40,6 +40,7 @@ lint: build $(VENV)/lint.stamp ## Run every linter, warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest ebbtide._native
 
 .PHONY: fmt
 fmt: $(VENV)/lint.stamp ## Format all code

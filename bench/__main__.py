@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench import capture, machine, rows
+from bench import boundary, capture, machine, rows
 
 ROOT = Path(__file__).parents[1]
-SUITES = {"capture": capture.run}
+SUITES = {"boundary": boundary.run, "capture": capture.run}
 
 
 def main() -> int:
