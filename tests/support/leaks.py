@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ def _processes() -> frozenset[str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if any(word in command for word in _OURS) and "pytest" not in command:
+        # Only those of this checkout: others may run beside it.
+        here = sys.prefix in command or "examples/" in command
+        if here and any(word in command for word in _OURS) and "pytest" not in command:
             found.add(f"process {entry.name}: {command.strip()}")
     return frozenset(found)
 

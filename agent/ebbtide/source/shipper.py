@@ -307,11 +307,10 @@ class Shipper:
         """
         self._note(f"{reason}; a new incarnation begins and all volumes are copied again")
         try:
-            await self._tap.copy_volumes()
             # Twice: the parent of the second is one of which the target never saw a frame, so that
             # nothing is missing between what it holds and where we go on.
             await self._tap.new_incarnation(*self._target_end)
-            await self._tap.new_incarnation(*self._target_end)
+            await self._tap.new_incarnation(*self._target_end, copy=True)
         except (EbbError, TimeoutError) as error:
             self._log.error("cannot start anew", error=str(error))
             return False

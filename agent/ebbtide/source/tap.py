@@ -119,28 +119,27 @@ class Tap(Supervisor):
             pb.Request(release=pb.ReleaseRequest(incarnation=incarnation, next_frame=next_frame))
         )
 
-    async def new_incarnation(self, above_seq: int, above_time_us: int) -> None:
-        """Start an incarnation whose numbers lie above; returns when its first frame is there."""
+    async def new_incarnation(
+        self, above_seq: int, above_time_us: int, *, copy: bool = False
+    ) -> None:
+        """Start an incarnation whose numbers lie above; returns when its first frame is there.
+
+        `copy`: it begins with a span in which all volumes are copied.
+        """
         before = self.end
         await self.request(
             pb.Request(
                 new_incarnation=pb.NewIncarnationRequest(
-                    above_seq=above_seq, above_time_us=above_time_us
+                    above_seq=above_seq, above_time_us=above_time_us, copy=copy
                 )
-            )
+            ),
+            timeout_s=30.0,
         )
         async with asyncio.timeout(10):
             while (end := await self.wait_end(before)).incarnation == (
                 before.incarnation if before else None
             ):
                 before = end
-
-    async def copy_volumes(self) -> None:
-        """Copy every volume again, in an inconsistent span."""
-        for volume in self._record.volumes:
-            await self.request(
-                pb.Request(copy_volume=pb.CopyVolumeRequest(volume=volume.index)), timeout_s=30.0
-            )
 
     def _event(self, event: pb.Response) -> None:
         if event.WhichOneof("result") == "log_end":

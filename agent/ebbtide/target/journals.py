@@ -7,7 +7,7 @@ import contextlib
 import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -40,30 +40,32 @@ class TargetGroup:
         self.record = record
         self.journal = journal
         self.connected_since_us = 0
-        self._stream: asyncio.Task[Any] | None = None
+        self._cut: asyncio.Event | None = None
         self._one_stream = asyncio.Lock()
 
     @asynccontextmanager
-    async def intake(self, stream: asyncio.Task[Any] | None) -> AsyncIterator[None]:
-        """Be the one stream of the group; an older one is cut off first."""
-        before, self._stream = self._stream, stream
-        if before is not None and not before.done():
-            before.cancel()
+    async def intake(self) -> AsyncIterator[asyncio.Event]:
+        """Be the one stream of the group; an older one is cut off first.
+
+        The stream ends itself when the event is set. Cancelling its task would leave its peer
+        waiting: gRPC says nothing to it then.
+        """
+        if self._cut is not None:
+            self._cut.set()
+        cut = self._cut = asyncio.Event()
         async with self._one_stream:
             self.connected_since_us = now_us()
             try:
-                yield
+                yield cut
             finally:
                 self.connected_since_us = 0
 
     async def cut_off(self) -> None:
         """End the stream, if there is one."""
-        stream, self._stream = self._stream, None
-        if stream is not None and not stream.done():
-            stream.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                async with self._one_stream:
-                    pass
+        if self._cut is not None:
+            self._cut.set()
+        async with self._one_stream:
+            self._cut = None
 
 
 class TargetGroups:

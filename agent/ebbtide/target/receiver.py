@@ -79,7 +79,7 @@ class Receiver:
             )
         group = self._groups.of_source(hello.group, peer)
         await self._groups.promise(group, hello.generation_counter, hello.generation_site)
-        async with group.intake(asyncio.current_task()):
+        async with group.intake() as cut:
             journal = group.journal
             if journal.failure is not None:
                 raise journal.failure
@@ -102,17 +102,25 @@ class Receiver:
             )
             taking = asyncio.create_task(_take(journal, context))
             acknowledging = asyncio.create_task(_acknowledge(journal, context, base, taking))
+            ending = asyncio.create_task(cut.wait())
+            tasks = (taking, acknowledging, ending)
             try:
-                await asyncio.wait((acknowledging, taking), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                taking.cancel()
                 # A write that is cut off still occupies the stream: what is said last must wait.
                 await asyncio.wait((acknowledging,), timeout=LAST_WORD_S)
             finally:
-                for task in (acknowledging, taking):
+                for task in tasks:
                     task.cancel()
-                results = await asyncio.gather(taking, acknowledging, return_exceptions=True)
+                results = await asyncio.gather(*tasks, return_exceptions=True)
             for result in results:
                 if isinstance(result, EbbError):
                     raise result
+            if cut.is_set():
+                raise RefusedError(
+                    "the stream was cut off: a newer one came, or the group ends here",
+                    code="stopping",
+                )
 
 
 async def _take(journal: GroupJournal, context: Any) -> None:

@@ -121,13 +121,12 @@ impl From<TapError> for Failure {
                 "stop what uses the volume, or the other tap",
             ),
             TapError::Shrunk { .. } => Self::state(
-                "shrunk",
+                "volume-shrank",
                 message,
                 "give the volume its size back, or unprotect and protect it anew",
             ),
-            TapError::SpoolOnVolume { .. } => Self::new(
-                "spool-on-volume",
-                ExitCode::Config,
+            TapError::SpoolOnVolume { .. } => Self::state(
+                "on-protected-volume",
                 message,
                 "keep spool and state on a disk that is not protected by this group",
             ),

@@ -199,7 +199,7 @@ impl Handler for TapServer {
             }
             Verb::NewIncarnation(request) => {
                 let (seq, time) = (Seq(request.above_seq), TimeUs(request.above_time_us));
-                self.tap.new_incarnation(seq, time)?;
+                self.tap.new_incarnation(seq, time, request.copy)?;
                 Ok(Reply::done())
             }
             Verb::CopyVolume(request) => {

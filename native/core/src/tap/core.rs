@@ -319,10 +319,12 @@ impl TapCore {
                 return false;
             }
         }
-        let limit = self.pipeline.bytes_max();
-        let room = limit / 4;
+        let used = self.pipeline.end().total_bytes;
         let free = self.spool.free_bytes().unwrap_or(0);
-        self.pipeline.end().total_bytes <= limit - room && free >= room.min(64 << 20)
+        // The disk may be smaller than the limit.
+        let limit = self.pipeline.bytes_max().min(used.saturating_add(free));
+        let room = limit / 4;
+        used <= limit - room && free >= room.min(64 << 20)
     }
 
     /// Makes spool and backings durable and clears the region bits that nobody wrote to since.
@@ -424,7 +426,9 @@ pub fn open_writer(
     bytes_max: u64,
 ) -> Result<(LogWriter, RecoveryReport), LogError> {
     let default = LogOptions::default();
-    let segment_bytes_max = default.segment_bytes_max.min(bytes_max / 8);
+    // The newest segment is never trimmed: it must not be what fills the spool or its disk.
+    let by_disk = (spool.free_bytes().unwrap_or(u64::MAX) / 8).max(4 << 20);
+    let segment_bytes_max = default.segment_bytes_max.min(bytes_max / 8).min(by_disk);
     LogWriter::open_with(
         Arc::clone(spool),
         group,

@@ -315,14 +315,34 @@ impl Tap {
     }
 
     /// Starts a new incarnation whose seqs and times lie above what a target reports. It is in the
-    /// spool when this returns.
-    pub fn new_incarnation(&self, above_seq: Seq, above_time: TimeUs) -> Result<(), TapError> {
+    /// spool when this returns. `copy`: nothing lies between its begin and that of a span in which
+    /// all volumes are copied, so that no point of it needs what came before.
+    pub fn new_incarnation(
+        &self,
+        above_seq: Seq,
+        above_time: TimeUs,
+        copy: bool,
+    ) -> Result<(), TapError> {
         let core = &self.core;
-        core.store_state(false, (above_seq, above_time), |_| {})
-            .map_err(|error| state_failed(&error))?;
+        let copied = if copy { core.volumes.as_slice() } else { &[] };
+        for volume in copied {
+            let dirty = volume.intent.dirty_all();
+            dirty.map_err(|error| state_failed(&error))?;
+        }
+        let _turn = core.span_turn.lock();
+        core.store_state(false, (above_seq, above_time), |keeper| {
+            if copy {
+                keeper.span = Some(Cause::FirstCopy);
+            }
+        })
+        .map_err(|error| state_failed(&error))?;
         let seq = {
             let mut state = core.queue.lock();
             state.raise(above_seq, above_time);
+            for (slot, volume) in copied.iter().enumerate() {
+                let end = volume.intent.durable().bits();
+                core.queue.mark_regions(&mut state, slot, 0, end);
+            }
             if state.mode == Mode::ExtentsOnly {
                 // Recording resumes with a new incarnation in any case.
                 return Ok(());
@@ -330,8 +350,12 @@ impl Tap {
             if !core.queue.begin_incarnation(&mut state) {
                 return Err(TapError::State("the queue is full".to_owned()));
             }
+            if copy {
+                core.queue.begin_span(&mut state, Cause::FirstCopy);
+            }
             Seq(state.next_seq - 1)
         };
+        core.copier.ring();
         match core.queue.wait_spooled(seq) {
             Ok(true) => Ok(()),
             _ => Err(TapError::State("history is not being recorded".to_owned())),

@@ -68,6 +68,10 @@ impl TapParts {
 
     /// Opens the backings for this tap alone, then the directories, which must lie elsewhere.
     pub fn real(config: &TapConfig) -> Result<Self, TapError> {
+        // First: a volume that carries the spool is mounted, so that it cannot be opened either.
+        for directory in [&config.spool, &config.state] {
+            placement::check(directory, &config.volumes)?;
+        }
         let mut backings: Vec<Arc<dyn Backing>> = Vec::new();
         for volume in &config.volumes {
             let path = &volume.backing;
@@ -79,7 +83,6 @@ impl TapParts {
         }
         let open = |path: &Path| -> Result<Arc<dyn Directory>, TapError> {
             let directory = DiskDirectory::open(path).map_err(io_error(path, "open"))?;
-            placement::check(path, &config.volumes)?;
             Ok(Arc::new(directory))
         };
         Ok(Self::with(

@@ -201,7 +201,7 @@ fn new_incarnation_lies_above_what_a_target_holds() {
         Seq(status.last_seq.0 + 5_000_000),
         TimeUs(status.last_time.0 + 5_000_000),
     );
-    tap.new_incarnation(above.0, above.1).unwrap();
+    tap.new_incarnation(above.0, above.1, false).unwrap();
     volume.write(&[1; 4096], 0, WAITS).unwrap();
     let status = tap.status();
     assert!(status.last_seq > above.0 && status.last_time > above.1);
@@ -247,8 +247,8 @@ fn release_gives_back_sealed_segments_and_the_end_is_published() {
     assert!(waited.last_seq > seen.last_seq);
     assert_eq!(tap.wait_log_end(&tap.log_end(), 1), tap.log_end());
     // The newest sealed segment is kept, whatever is released.
-    tap.new_incarnation(Seq(0), TimeUs(0)).unwrap();
-    tap.new_incarnation(Seq(0), TimeUs(0)).unwrap();
+    tap.new_incarnation(Seq(0), TimeUs(0), false).unwrap();
+    tap.new_incarnation(Seq(0), TimeUs(0), false).unwrap();
     let end: LogEnd = tap.log_end();
     let (incarnation, next_frame) = (end.incarnation.unwrap(), end.last_frame.unwrap());
     eventually("a release", || {
