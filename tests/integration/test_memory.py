@@ -1,7 +1,8 @@
 """Memory pressure: the write-back path needs no memory that waits for the write-back path.
 
-In a control group of 256 MiB (agents, tap server and the writer in it) 2 GiB are dirtied through a
-mounted file system on the attached device. It must finish. Guards design section 5 ("Everything in
+In a control group of 256 MiB (source agent, tap server, holder and the writer in it; the target is
+another host) 2 GiB are dirtied through a mounted file system on the attached device. It must finish
+without the tap being killed for memory. Guards design section 5 ("Everything in
 the write-back path is locked in memory ... or memory pressure deadlocks it") and invariant 8.
 """
 
@@ -63,7 +64,7 @@ def test_two_gigabytes_through_a_mount_in_256_mib(
     mountpoint.mkdir()
     with control_group("ebbtide-test") as group:
         inside = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
-        with Stack.run(tmp_path, prefix=inside) as stack:
+        with Stack.run(tmp_path, source_prefix=inside) as stack:
             stack.protect("ward", {"disk": 3 << 30})
             attached = stack.source.stub.Attach(agent_pb2.AttachRequest(group="ward"), timeout=30)
             device = attached.devices[0].device
@@ -87,7 +88,10 @@ def test_two_gigabytes_through_a_mount_in_256_mib(
             finally:
                 subprocess.run(["umount", str(mountpoint)], check=False)
             in_group = {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
-            assert stack.source.source("ward").tap.pid in in_group
+            group_status = stack.source.source("ward")
+            assert group_status.tap.pid in in_group
+            assert group_status.tap_restarts == 0
+            assert group_status.tap.mode == "recording"
             stack.wait_durable("ward", within_s=600)
             with (
                 Client(stack.uri("ward", "disk")) as source,

@@ -190,16 +190,22 @@ class Stack:
     @classmethod
     @contextlib.contextmanager
     def run(
-        cls, directory: Path, *, source: str = "", target: str = "", prefix: list[str] | None = None
+        cls,
+        directory: Path,
+        *,
+        source: str = "",
+        target: str = "",
+        source_prefix: list[str] | None = None,
     ) -> Iterator[Stack]:
         """Start both; end everything at the end.
 
-        `source`, `target`: further configuration; `prefix`: words before the agents' command.
+        `source`, `target`: further configuration; `source_prefix`: words before the source agent's
+        command.
         """
         stack = cls(
             directory,
-            Host("source", directory / "source", free_port(), prefix or []),
-            Host("target", directory / "target", free_port(), prefix or []),
+            Host("source", directory / "source", free_port(), source_prefix or []),
+            Host("target", directory / "target", free_port()),
         )
         stack.source.lay_out(extra=source)
         stack.target.lay_out(extra=target)

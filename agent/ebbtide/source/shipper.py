@@ -180,6 +180,10 @@ class Shipper:
                 self._set(ShipState.DISCONNECTED, error.message)
             except grpc.RpcError as error:
                 self._set(ShipState.DISCONNECTED, from_rpc(error, self.peer).message)
+            except Exception as error:  # noqa: BLE001
+                # A defect of ours must not end shipping for good: it is told, and tried again.
+                self._log.exception("the stream failed")
+                self._set(ShipState.DISCONNECTED, f"internal error: {error}")
             finally:
                 self._break()
             if time.monotonic() - began > self._config.retry_max_s:
@@ -229,7 +233,7 @@ class Shipper:
     async def _until_first_ends(*coroutines: Any) -> None:
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
@@ -237,10 +241,11 @@ class Shipper:
         # A refusal explains more than the cancelled write beside it.
         errors = [result for result in results if isinstance(result, Exception)]
         errors.sort(key=lambda error: not isinstance(error, ShipRefusedError))
-        if errors:
-            raise errors[0]
-        for task in done:
-            task.result()
+        # grpc.aio ends a read or write on a stream that broke as if the task had been cancelled, or
+        # with InvalidStateError.
+        if not errors or isinstance(errors[0], asyncio.InvalidStateError):
+            raise UnreachableError("the stream broke")
+        raise errors[0]
 
     async def _read(self, call: Any) -> bytes:
         message = await call.read()
