@@ -149,7 +149,7 @@ impl TapCore {
             };
             match self.queue.place(&[want], 0, false).ok()? {
                 Placed::Recorded(mut place) => place.write(&content),
-                // The gap's extents hold this range already.
+                // The range is to be copied when recording goes on.
                 Placed::ExtentsOnly => {}
             }
             at += count;

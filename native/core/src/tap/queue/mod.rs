@@ -350,12 +350,16 @@ impl Queue {
     fn note_extents(&self, state: &mut QueueState, wants: &[Want], boot: u64, bytes: u64) {
         for want in wants {
             // A copy that was not recorded leaves its regions to be copied: nothing is cleared.
-            if want.kind == Kind::Resync || want.copied.is_some() {
+            if want.copied.is_some() {
+                continue;
+            }
+            state.mark(&self.volumes, want.slot, want.start, want.blocks);
+            // What a failed write left on the backing: the write itself may be in history.
+            if want.kind == Kind::Resync {
                 continue;
             }
             state.next_seq += 1;
             state.last_time = state.clock.at(boot).max(state.last_time + 1);
-            state.mark(&self.volumes, want.slot, want.start, want.blocks);
             state.writes += 1;
         }
         state.write_bytes += bytes;

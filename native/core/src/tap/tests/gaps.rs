@@ -307,6 +307,34 @@ fn flush_alone_is_released_when_the_spool_hangs() {
 }
 
 #[test]
+fn what_a_failed_write_left_is_copied_if_a_gap_opened_meanwhile() {
+    let mut rig = Rig::new(&[SIZE]);
+    let gate = Arc::new(Gate::default());
+    let inner: Arc<dyn Directory> = Arc::new(rig.spool.clone());
+    rig.spool_through = Some(Arc::new(GatedDirectory {
+        inner,
+        gate: Arc::clone(&gate),
+    }));
+    rig.stuck = Duration::from_millis(200);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    volume.write(&[1; 4096], 4 << 20, FUA).unwrap();
+    *gate.shut.lock() = true;
+    volume.write(&[2; 4096], 0, WAITS).unwrap();
+    volume.flush(WAITS).unwrap();
+    assert_eq!(tap.status().mode, "extents-only");
+    // The write of [1; 4096] fails only now: half of something else is there.
+    let disk = rig.disk.open("volume0", true).unwrap();
+    disk.write_at(&[3; 2048], 4 << 20).unwrap();
+    let block = (4 << 20) / 4096;
+    tap.core.backing_failed(&tap.core.volumes[0], block, 1);
+    *gate.shut.lock() = false;
+    gate.opened.notify_all();
+    rig.check(&tap);
+}
+
+#[test]
 fn without_a_key_extents_are_kept_and_made_good_with_it() {
     for clean in [true, false] {
         let mut rig = Rig::new(&[SIZE]);
