@@ -452,13 +452,9 @@ impl IntentBitmap {
         self.file.sync_data()
     }
 
-    /// Makes all regions dirty, durably.
+    /// Makes all regions dirty, durably: on the medium first, as writers go by what memory says.
     pub fn dirty_all(&self) -> io::Result<()> {
-        self.own(|| {
-            self.durable.set(0, self.durable.bits());
-            self.write_pages(0, self.durable.words(), |word| self.durable.word(word))?;
-            self.file.sync_data()
-        })
+        self.own(|| self.set_durable(&[(0, self.durable.bits())]))
     }
 
     /// Writes and syncs the bits as they are in memory.
@@ -529,4 +525,34 @@ impl IntentBitmap {
 
 fn word_index(region: u64) -> usize {
     usize::try_from(region / 64).expect("invariant: a bitmap fits in memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Fault, FaultyDirectory, MemoryDirectory};
+
+    fn header() -> IntentHeader {
+        IntentHeader {
+            group: GroupId([7; 16]),
+            volume: VolumeIndex(0),
+            clean: false,
+            copied: false,
+            size: 10 * REGION_BYTES,
+            identity: Identity::default(),
+        }
+    }
+
+    #[test]
+    fn no_region_counts_as_dirty_before_the_medium_says_so() {
+        let directory = FaultyDirectory::new(Arc::new(MemoryDirectory::new()));
+        let bitmap = IntentBitmap::create(&directory, header()).unwrap();
+        bitmap.begin_checkpoint();
+        bitmap.end_checkpoint(|_| 0).unwrap();
+        assert_eq!(bitmap.durable().count(), 0);
+        directory.fail_change(1, Fault::Error);
+        bitmap.dirty_all().unwrap_err();
+        assert_eq!(bitmap.durable().count(), 0);
+        assert!(bitmap.failed(), "who writes now must say that bits are lost");
+    }
 }
