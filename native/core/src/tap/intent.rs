@@ -64,9 +64,11 @@ impl Identity {
     pub fn changed(&self, now: &Identity) -> bool {
         match (self.kind, now.kind) {
             (IdentityKind::Unknown, _) | (_, IdentityKind::Unknown) => false,
-            // A device number may move between boots; the counter starts again with each.
+            // A device number may move between boots. The counter starts again with each: whatever
+            // it shows then was written by somebody else.
             (IdentityKind::Block, IdentityKind::Block) => {
-                self.boot_id == now.boot_id && self.written_sectors != now.written_sectors
+                let same_boot = self.boot_id == now.boot_id;
+                now.written_sectors != if same_boot { self.written_sectors } else { 0 }
             }
             (IdentityKind::File, IdentityKind::File) => {
                 (self.inode, self.modified_ns, self.changed_ns)
@@ -541,6 +543,21 @@ mod tests {
             size: 10 * REGION_BYTES,
             identity: Identity::default(),
         }
+    }
+
+    #[test]
+    fn a_block_device_that_was_written_to_before_the_tap_started_is_changed() {
+        let identity = |boot: u8, written_sectors| Identity {
+            kind: IdentityKind::Block,
+            written_sectors,
+            boot_id: [boot; 16],
+            ..Identity::default()
+        };
+        let stopped = identity(1, 500);
+        assert!(!stopped.changed(&identity(1, 500)));
+        assert!(stopped.changed(&identity(1, 501)));
+        assert!(!stopped.changed(&identity(2, 0)), "a new boot");
+        assert!(stopped.changed(&identity(2, 8)), "written in the new boot");
     }
 
     #[test]
