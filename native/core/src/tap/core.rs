@@ -399,8 +399,7 @@ impl TapCore {
     /// A sync of the spool failed: whatever was not known durable may be gone. Everything dirty is
     /// to be copied again.
     fn spool_lost(&self) {
-        self.pipeline.fail_writer();
-        self.queue.give_up(Cause::SpoolFailed);
+        // Marked first: from `give_up` on recording may go on, in a span that ends when nothing is.
         let mut state = self.queue.lock();
         for (slot, volume) in self.volumes.iter().enumerate() {
             let durable = volume.intent.durable();
@@ -411,6 +410,9 @@ impl TapCore {
                 from = end;
             }
         }
+        drop(state);
+        self.pipeline.fail_writer();
+        self.queue.give_up(Cause::SpoolFailed);
     }
 
     pub fn state_error(reason: &str) -> TapError {

@@ -570,6 +570,9 @@ mod tests {
         directory.fail_change(1, Fault::Error);
         bitmap.dirty_all().unwrap_err();
         assert_eq!(bitmap.durable().count(), 0);
-        assert!(bitmap.failed(), "who writes now must say that bits are lost");
+        assert!(
+            bitmap.failed(),
+            "who writes now must say that bits are lost"
+        );
     }
 }

@@ -120,7 +120,9 @@ impl Queue {
     /// Places the head of a new incarnation: its VOLUME records.
     pub fn begin_incarnation(&self, state: &mut QueueState) -> bool {
         let boot = self.time.boot_us();
-        let count = self.volumes.len();
+        // With room for the gap and the span that may follow: without them nobody could tell that
+        // the incarnation does not continue what was before.
+        let count = self.volumes.len() + 2;
         let fits = state.entries.len() + count < ENTRIES_MAX && state.reserved(count as u64, boot);
         if state.mode != Mode::Recording || !fits {
             return false;

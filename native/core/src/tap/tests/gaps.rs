@@ -9,12 +9,16 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::replay::Replay;
-use super::rig::{FUA, Rig, WAITS, device, eventually, settle};
+use super::rig::{FUA, ManualTime, Rig, WAITS, device, eventually, settle};
 use crate::device::DeviceError;
 use crate::format::record::{Cause, RecordBody};
 use crate::log::LogPosition;
 use crate::storage::{Directory, Fault, FaultyDirectory, File, Loss};
-use crate::tap::Tap;
+use crate::tap::bitmap::AtomicBitmap;
+use crate::tap::clock::Clock;
+use crate::tap::queue::{Queue, QueueLimits, QueueVolume};
+use crate::tap::{Tap, TimeSource};
+use crate::types::{Seq, TimeUs, VolumeIndex};
 
 const SIZE: u64 = 6 << 20;
 
@@ -304,6 +308,41 @@ fn flush_alone_is_released_when_the_spool_hangs() {
     *gate.shut.lock() = false;
     gate.opened.notify_all();
     rig.check(&tap);
+}
+
+#[test]
+fn recording_goes_on_only_with_numbers_for_the_gap_and_its_span() {
+    let volume = QueueVolume {
+        index: VolumeIndex(0),
+        name: "a".to_owned(),
+        size: SIZE,
+        to_copy: AtomicBitmap::new(6),
+    };
+    let limits = QueueLimits {
+        bytes: 4 << 20,
+        frame_delay: Duration::from_millis(2),
+        stuck: Duration::from_secs(2),
+    };
+    let time: Arc<dyn TimeSource> = Arc::new(ManualTime::default());
+    let clock = Clock::new(time.boot_us(), time.wall_us(), 0);
+    let numbers = (Seq(1), TimeUs(0));
+    let queue = Queue::new(
+        limits,
+        time,
+        [volume].into(),
+        Arc::default(),
+        clock,
+        numbers,
+    );
+    queue.open_gap(&mut queue.lock(), Cause::SpoolFull);
+    // For the VOLUME record and the GAP, not for the span.
+    queue.set_limits(Seq(3), TimeUs(u64::MAX));
+    assert!(!queue.resume(&mut queue.lock()));
+    assert!(queue.lock().gap.is_some(), "the gap is still to be told");
+    queue.set_limits(Seq(4), TimeUs(u64::MAX));
+    assert!(queue.resume(&mut queue.lock()));
+    let state = queue.lock();
+    assert_eq!((state.gap, state.in_span), (None, Some(Cause::SpoolFull)));
 }
 
 #[test]
