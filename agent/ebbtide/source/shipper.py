@@ -284,10 +284,13 @@ class Shipper:
         """A reader at the place to go on from, after what the two ends compare."""
         self._target_end = (welcome.last_seq, welcome.last_time_us)
         if welcome.last_seq < self._record.durable_seq:
-            await self._start_anew(
+            lost = (
                 f"{self.peer} holds history up to seq {welcome.last_seq}, but had acknowledged "
                 f"{self._record.durable_seq}: it lost some"
             )
+            if not await self._start_anew(lost):
+                # Going on behind a hole would show states that never were.
+                raise RefusedError(f"{lost}; all volumes are copied once the tap records again")
         end = self._tap.end
         if end is not None and welcome.last_seq > end.last_seq:
             # The spool lost what the target has: numbers must not be given twice.
@@ -302,7 +305,7 @@ class Shipper:
         await self._thread.call(reader.seek, position)
         self._window = max(welcome.window_bytes, BATCH_BYTES)
         self._read_bytes = self._tap.appended_bytes - (end.total_bytes if end else 0)
-        self._acknowledge_seq(welcome.last_seq, welcome.last_time_us)
+        # What is durable comes with the first acknowledgement: the welcome also counts what is not.
         return reader
 
     async def _start_anew(self, reason: str) -> bool:

@@ -1,6 +1,7 @@
 //! What the parts of a running tap share, and the duties that need several of them: flush,
 //! checkpoint, reserving numbers, resuming after a gap.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use super::bell::Bell;
 use super::clock::TimeSource;
 use super::grace::Grace;
 use super::pipeline::Pipeline;
-use super::queue::{Kind, Mode, Placed, Queue, Want, regions};
+use super::queue::{Kind, Mode, Placed, Queue, QueueState, Want, regions};
 use super::state::{StateFile, TapState};
 use super::volume::Volume;
 use super::{TapError, volume};
@@ -363,6 +364,8 @@ impl TapCore {
             self.notice("a backing could not be made durable".to_owned());
             return false;
         }
+        // A copy in preparation has its bits set and is not marked yet: it has the turn.
+        let turn = self.span_turn.lock();
         for (volume, queued) in self.volumes.iter().zip(self.queue.volumes().iter()) {
             let kept = volume
                 .intent
@@ -375,8 +378,35 @@ impl TapCore {
                 return false;
             }
         }
+        drop(turn);
         self.checkpointed.store(seq.0, Ordering::SeqCst);
         !span_ended || self.span_is_over(seq)
+    }
+
+    /// Makes durable that these volumes are to be copied in a span of that cause, and raises the
+    /// numbers. The caller has the span turn and keeps it until the volumes are marked.
+    pub fn prepare_copy(
+        &self,
+        slots: Range<usize>,
+        above: (Seq, TimeUs),
+        cause: Option<Cause>,
+    ) -> std::io::Result<()> {
+        for volume in &self.volumes[slots] {
+            volume.intent.dirty_all()?;
+        }
+        self.store_state(false, above, |keeper| {
+            // Only a first copy stands for everything before it, so it is what a restart goes on as.
+            if keeper.span.is_none() || cause == Some(Cause::FirstCopy) {
+                keeper.span = cause;
+            }
+        })
+    }
+
+    pub fn mark_volumes(&self, state: &mut QueueState, slots: Range<usize>) {
+        for slot in slots {
+            let regions = self.volumes[slot].intent.durable().bits();
+            self.queue.mark_regions(state, slot, 0, regions);
+        }
     }
 
     /// Forgets a span whose end is durable; whole volumes have then been copied once.

@@ -3,8 +3,8 @@
 //! `device` takes requests to the ordering point in `queue`; encoder threads (`pipeline`) make
 //! frames and append them to the spool; `intent` remembers durably which regions history may not
 //! know, `copier` emits them; `start` decides after a stop what these are; `core` holds what they
-//! share. Locks are taken in this order: span turn, keeper, commit, queue; range locks and bitmap
-//! writes come before all of them.
+//! share. Locks are taken in this order: span turn, keeper, commit, queue; range locks come before
+//! all of them, bitmap writes before all but the span turn.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -324,34 +324,26 @@ impl Tap {
         copy: bool,
     ) -> Result<(), TapError> {
         let core = &self.core;
-        let copied = if copy { core.volumes.as_slice() } else { &[] };
-        for volume in copied {
-            let dirty = volume.intent.dirty_all();
-            dirty.map_err(|error| state_failed(&error))?;
-        }
-        let _turn = core.span_turn.lock();
-        core.store_state(false, (above_seq, above_time), |keeper| {
-            if copy {
-                keeper.span = Some(Cause::FirstCopy);
-            }
-        })
-        .map_err(|error| state_failed(&error))?;
+        let (slots, cause) = if copy {
+            (0..core.volumes.len(), Some(Cause::FirstCopy))
+        } else {
+            (0..0, None)
+        };
         let seq = {
+            let _turn = core.span_turn.lock();
+            core.prepare_copy(slots.clone(), (above_seq, above_time), cause)
+                .map_err(|error| state_failed(&error))?;
             let mut state = core.queue.lock();
             state.raise(above_seq, above_time);
-            for (slot, volume) in copied.iter().enumerate() {
-                let end = volume.intent.durable().bits();
-                core.queue.mark_regions(&mut state, slot, 0, end);
-            }
+            core.mark_volumes(&mut state, slots);
             if state.mode == Mode::ExtentsOnly {
                 // Recording resumes with a new incarnation in any case.
                 return Ok(());
             }
-            if !core.queue.begin_incarnation(&mut state) {
+            let begun = core.queue.begin_incarnation(&mut state)
+                && cause.is_none_or(|cause| core.queue.begin_span(&mut state, cause));
+            if !begun {
                 return Err(TapError::State("the queue is full".to_owned()));
-            }
-            if copy {
-                core.queue.begin_span(&mut state, Cause::FirstCopy);
             }
             Seq(state.next_seq - 1)
         };
@@ -370,16 +362,12 @@ impl Tap {
             .iter()
             .position(|known| known.config.index == volume);
         let slot = slot.ok_or_else(|| TapError::State(format!("no volume {}", volume.0)))?;
-        let intent = &core.volumes[slot].intent;
-        intent.dirty_all().map_err(|error| state_failed(&error))?;
+        let slots = slot..slot + 1;
         let _turn = core.span_turn.lock();
-        core.store_state(false, (Seq(0), TimeUs(0)), |keeper| {
-            keeper.span = keeper.span.or(Some(Cause::Requested));
-        })
-        .map_err(|error| state_failed(&error))?;
+        core.prepare_copy(slots.clone(), (Seq(0), TimeUs(0)), Some(Cause::Requested))
+            .map_err(|error| state_failed(&error))?;
         let mut state = core.queue.lock();
-        core.queue
-            .mark_regions(&mut state, slot, 0, intent.durable().bits());
+        core.mark_volumes(&mut state, slots);
         if state.mode == Mode::Recording && state.in_span.is_none() {
             core.queue.begin_span(&mut state, Cause::Requested);
         }

@@ -180,12 +180,14 @@ impl Queue {
         true
     }
 
-    pub fn begin_span(&self, state: &mut QueueState, cause: Cause) {
+    /// Returns whether the span's begin could be placed.
+    pub fn begin_span(&self, state: &mut QueueState, cause: Cause) -> bool {
         let placed = self.push_control(state, RecordBody::SpanBegin { cause }, false);
         if let Some((seq, _)) = placed {
             state.in_span = Some(cause);
             state.span_seq = seq.0;
         }
+        placed.is_some()
     }
 
     /// Ends the span if nothing is left to copy.

@@ -2,7 +2,8 @@
 //! the control requests: bookmark, copy, new incarnation, release.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::rig::{Rig, WAITS, device, eventually, settle};
 use crate::format::record::{Cause, RecordBody};
@@ -213,6 +214,58 @@ fn new_incarnation_lies_above_what_a_target_holds() {
     let tap = rig.start();
     assert!(tap.status().last_seq > status.last_seq);
     rig.check(&tap);
+}
+
+#[test]
+fn incarnation_with_a_copy_begins_with_the_span_of_it() {
+    let sizes = [9 << 20, 3 << 20];
+    let rig = Rig::new(&sizes);
+    let tap = rig.start();
+    settle(&tap);
+    let content = vec![4; 2 << 20];
+    device(&tap, 0).write(&content, 70_000, WAITS).unwrap();
+    let status = tap.status();
+    let above = (
+        Seq(status.last_seq.0 + 5_000_000),
+        TimeUs(status.last_time.0 + 5_000_000),
+    );
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0u64.. {
+                if stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                let offset = round * 4096 % (3 << 20);
+                device(&tap, 1)
+                    .write(&[round as u8 | 1; 4096], offset, WAITS)
+                    .unwrap();
+            }
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        tap.new_incarnation(above.0, above.1, true).unwrap();
+        stop.store(true, Ordering::SeqCst);
+    });
+    let replay = rig.check(&tap);
+    assert_eq!(replay.incarnations.len(), 2);
+    let bodies: Vec<&RecordBody> = replay.bodies().collect();
+    let is_begin = |body: &&RecordBody| matches!(body, RecordBody::SpanBegin { .. });
+    let begin = bodies.iter().rposition(is_begin).unwrap();
+    let heads = &replay.records[begin - 2..begin];
+    assert!(
+        heads
+            .iter()
+            .all(|(head, _)| matches!(head.body, RecordBody::Volume { .. }))
+    );
+    assert!(heads[0].0.seq > above.0 && heads[0].0.time > above.1);
+    let mut copied = sizes.map(|size| vec![false; (size / 4096) as usize]);
+    for body in &bodies[begin..] {
+        if let RecordBody::Resync { extent, .. } | RecordBody::Zero { extent } = body {
+            let blocks = extent.start.0 as usize..extent.end().0 as usize;
+            copied[usize::from(extent.volume.0)][blocks].fill(true);
+        }
+    }
+    assert!(copied.iter().flatten().all(|copied| *copied));
 }
 
 #[test]
