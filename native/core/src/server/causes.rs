@@ -146,10 +146,11 @@ impl From<HistoryError> for Failure {
         let message = error.to_string();
         let (code, hint) = match error {
             HistoryError::Log(error) => return error.into(),
-            HistoryError::BeforeHorizon { .. } => ("before-horizon", SPAN),
             HistoryError::InFuture { .. } => ("in-future", SPAN),
             HistoryError::SeqOutside { asked, newest, .. } if asked > newest => ("in-future", SPAN),
-            HistoryError::SeqOutside { .. } => ("before-horizon", SPAN),
+            HistoryError::BeforeHorizon { .. } | HistoryError::SeqOutside { .. } => {
+                ("before-horizon", SPAN)
+            }
             HistoryError::Overlay { source, .. } => {
                 let failure = Self::from(source);
                 return Self { message, ..failure };
