@@ -157,11 +157,16 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
+def is_mounted() -> bool:
+    # A bind mount of the same file system: `Path.is_mount` does not see it.
+    return f" {NAMESPACES} " in Path("/proc/self/mounts").read_text()
+
+
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a veth pair, 10.77.0.1 and 10.77.0.2."""
     names = (f"ebb-a-{os.getpid()}", f"ebb-b-{os.getpid()}")
-    was_mounted = NAMESPACES.is_mount()
+    was_mounted = is_mounted()
     try:
         for name in names:
             ip("netns", "add", name)
@@ -178,7 +183,7 @@ def two_hosts() -> Iterator[tuple[str, str]]:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         # The first namespace of a machine makes this a mount.
-        if not was_mounted and NAMESPACES.is_mount():
+        if not was_mounted and is_mounted():
             subprocess.run(["umount", str(NAMESPACES)], check=False)
 
 
