@@ -7,6 +7,7 @@ recorded on while its target was away. At the end the true source ships them, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -24,7 +25,7 @@ from ebbtide.rpc import replication_pb2 as pb
 from ebbtide.security.peers import load_peers
 from ebbtide.security.tls import MESSAGE_BYTES_MAX, client_credentials, client_options
 from tests.support.nbd import Client
-from tests.support.stack import Host, Stack
+from tests.support.stack import Host, Stack, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ FRAME = {
     "cells_len": (112, "<I"),
     "ref_floor": (116, "<I"),
     "prev": (200, "32s"),
+    "nonce_random": (232, "<I"),
     "reserved": (236, "12s"),
 }
 SEGMENT = {
@@ -143,36 +145,36 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         with Client(stack.uri("ward", "disk")) as client:
             client.pwrite(os.urandom(4096), 0)
             client.flush()
-            stack.wait_durable("ward")
-            stack.target.kill(signal.SIGTERM)
-            for number in range(8):
-                client.pwrite(os.urandom(8192), number << 16)
-                client.flush()
-        source = stack.source.source("ward")
-        end = _native.LogEnd.from_proto(
-            stack.source.status().sources[0].tap.log_end.SerializeToString()
-        )
-        stack.source.kill(signal.SIGTERM)
-        stack.target.start()
-        channel = dial(stack.source, stack.target)
-        made = Scene(stack, channel, source.group, b"", b"\0" * HEADER_LEN, [])
-        made.held = forged(
-            made.held,
-            FRAME,
-            generation_counter=source.generation_counter,
-        )
-        made.held = made.held[:40] + struct.pack("<Q", source.generation_site) + made.held[48:]
-        resume = made.welcome().resume
-        reader = _native.LogReader(source.spool_dir, source.group)
-        reader.seek((resume.incarnation, resume.next_frame - 1))
-        frames: list[bytes] = []
-        for batch in next_batches(reader, end):
-            made.announcement = made.announcement or batch.announcement or b""
-            frames += split(batch.message[framing.TAG_LEN :])
-        made.held, *made.fresh = frames
-        assert len(made.fresh) >= 4
+        made = withhold(stack)
         yield made
-        channel.close()
+        made.channel.close()
+
+
+def withhold(stack: Stack) -> Scene:
+    """Have the tap record what the target does not get, and leave the source's place to us."""
+    stack.wait_durable("ward")
+    stack.target.kill(signal.SIGTERM)
+    with Client(stack.uri("ward", "disk")) as client:
+        for number in range(8):
+            client.pwrite(os.urandom(8192), number << 16)
+            client.flush()
+    source = stack.source.source("ward")
+    end = _native.LogEnd.from_proto(source.tap.log_end.SerializeToString())
+    stack.source.kill(signal.SIGTERM)
+    stack.target.start()
+    generation = struct.pack("<QQ", source.generation_counter, source.generation_site)
+    held = bytes(32) + generation + bytes(HEADER_LEN - 48)
+    made = Scene(stack, dial(stack.source, stack.target), source.group, b"", held, [])
+    resume = made.welcome().resume
+    reader = _native.LogReader(source.spool_dir, source.group)
+    reader.seek((resume.incarnation, resume.next_frame - 1))
+    frames: list[bytes] = []
+    for batch in next_batches(reader, end):
+        made.announcement = made.announcement or batch.announcement or b""
+        frames += split(batch.message[framing.TAG_LEN :])
+    made.held, *made.fresh = frames
+    assert len(made.fresh) >= 4
+    return made
 
 
 def dial(source: Host, target: Host) -> grpc.Channel:
@@ -393,15 +395,44 @@ def test_stranger_is_not_let_in(scene: Scene, tmp_path: Path) -> None:
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_true_source_goes_on_after_all_this(scene: Scene) -> None:
-    """Last of the file: the frames that were spoilt above arrive whole."""
-    stack = scene.stack
-    stack.source.start()
-    stack.wait_durable("ward")
+def equal(stack: Stack) -> bool:
     with (
+        contextlib.suppress(grpc.RpcError),
         Client(stack.uri("ward", "disk")) as source,
         stack.view("ward") as view,
         Client(view.volumes[0].nbd_uri) as newest,
     ):
-        assert source.read_all() == newest.read_all()
+        return source.read_all() == newest.read_all()
+    return False
+
+
+def test_true_source_goes_on_after_all_this(scene: Scene) -> None:
+    """After the tests above: the frames that were spoilt there arrive whole."""
+    stack = scene.stack
+    stack.source.start()
+    stack.wait_durable("ward")
+    assert equal(stack)
     assert not stack.source.source("ward").shipping.detail
+
+
+def test_lines_that_parted_are_joined_by_a_new_incarnation(scene: Scene) -> None:
+    """Last of the file: what no check without the key finds is in the target's history.
+
+    The next true frame does not continue it; the source begins anew with a whole copy.
+    """
+    stack = scene.stack
+    parted = withhold(stack)
+    before = parted.welcome()
+    answers = parted.talk(*parted.frames(forged(parted.fresh[0], FRAME, nonce_random=7)))
+    assert {framing.tag_of(answer) for answer in answers} == {framing.WELCOME, framing.ACKNOWLEDGE}
+    assert parted.welcome().last_seq > before.last_seq
+    parted.channel.close()
+    stack.source.start()
+
+    def noticed() -> bool:
+        return any("copied again" in notice for notice in stack.source.source("ward").notices)
+
+    eventually(noticed, what="the source notices")
+    eventually(lambda: equal(stack), what="the newest point is the volume again")
+    with stack.view("ward", at_seq=before.last_seq, exact=True) as view:
+        assert view.seq == before.last_seq
