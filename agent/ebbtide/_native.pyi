@@ -169,6 +169,9 @@ def view_main(launch: bytes) -> int:
 def holder_main(launch: bytes) -> int:
     """Be a holder until it ends; returns the exit code."""
 
+def forbid_core_files() -> None:
+    """Keep keys out of core files and away from debuggers of the same user, until the next exec."""
+
 def loop_attach(file: str, read_only: bool) -> str:
     """Path of a loop device over a file, direct I/O on both."""
 

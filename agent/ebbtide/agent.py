@@ -16,6 +16,7 @@ import grpc
 import structlog
 import uvloop
 
+from ebbtide import _native
 from ebbtide.config import load_config
 from ebbtide.control.names import SHORT_LEN
 from ebbtide.control.state import StateStore
@@ -183,6 +184,8 @@ def _log_to_stderr(config: Config) -> None:
 
 def run(path: Path) -> int:
     """Be the agent until a signal ends it; returns 0. Raises `EbbError` if it cannot start."""
+    # Before there is a key to keep.
+    _native.forbid_core_files()
     config = load_config(path)
     _log_to_stderr(config)
     lock = _prepare(config)

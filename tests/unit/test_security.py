@@ -237,3 +237,18 @@ def test_tls_1_2_is_refused(tmp_path: Path) -> None:
             handshake(port, ssl.TLSVersion.TLSv1_2)
         server.stdin.close()
         assert server.wait(10) == 0
+
+
+def test_agent_leaves_no_core_file_with_keys() -> None:
+    """The kernel is told before a key is read, whatever becomes of the start."""
+    program = (
+        "import contextlib, ctypes, pathlib\n"
+        "from ebbtide import agent, errors\n"
+        "with contextlib.suppress(errors.EbbError):\n"
+        "    agent.run(pathlib.Path('/nowhere/agent.toml'))\n"
+        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"  # PR_GET_DUMPABLE
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "0\n"

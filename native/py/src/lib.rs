@@ -27,7 +27,9 @@ mod _native {
     #[pymodule_export]
     use super::position::PyLogEnd;
     #[pymodule_export]
-    use super::process::{holder_main, loop_attach, loop_detach, tap_main, view_main};
+    use super::process::{
+        forbid_core_files, holder_main, loop_attach, loop_detach, tap_main, view_main,
+    };
 
     /// What a panic of native code becomes.
     #[pymodule_init]

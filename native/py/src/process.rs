@@ -25,6 +25,12 @@ pub fn holder_main(py: Python<'_>, launch: &[u8]) -> i32 {
     py.detach(|| server::holder_main(launch))
 }
 
+/// Keeps keys out of core files and away from debuggers of the same user, until the next exec.
+#[pyfunction]
+pub fn forbid_core_files() {
+    server::memory::forbid_core_files();
+}
+
 /// Path of a loop device over a file, direct I/O on both.
 #[pyfunction]
 pub fn loop_attach(py: Python<'_>, file: &str, read_only: bool) -> PyResult<String> {

@@ -395,7 +395,7 @@ impl TapCore {
             volume.intent.dirty_all()?;
         }
         self.store_state(false, above, |keeper| {
-            // Only a first copy stands for everything before it, so it is what a restart goes on as.
+            // Only a first copy stands for all before it: it is what a restart goes on as.
             if keeper.span.is_none() || cause == Some(Cause::FirstCopy) {
                 keeper.span = cause;
             }
