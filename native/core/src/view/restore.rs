@@ -9,6 +9,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use rustix::fs::FlockOperation;
+
 use crate::device::{BlockDevice, DeviceError, RequestFlags};
 
 /// Bytes copied at a time: some cells, and a progress that moves.
@@ -59,6 +61,9 @@ fn open_target(path: &Path, size: u64) -> Result<File, RestoreError> {
         options.custom_flags(libc::O_EXCL);
     }
     let file = options.open(path).map_err(failed("opening the target"))?;
+    // A tap locks its backing: nothing may be written behind it.
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| failed("locking the target, which may be in use,")(error.into()))?;
     if is_device {
         let found = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))
             .map_err(|error| failed("finding the size of the target")(error.into()))?;
@@ -226,5 +231,23 @@ mod tests {
             restore(&whole, &path, &progress),
             Err(RestoreError::Cancelled)
         ));
+    }
+
+    #[test]
+    fn the_backing_of_a_tap_is_not_written_to() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("image");
+        std::fs::write(&path, [1; 8192]).unwrap();
+        let tapped = crate::tap::DiskBacking::open(&path).unwrap();
+        let device = Bytes {
+            content: vec![2; 4096],
+            fails_from: u64::MAX,
+            reads: Mutex::default(),
+        };
+        assert!(restore(&device, &path, &Progress::default()).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), [1; 8192]);
+        drop(tapped);
+        restore(&device, &path, &Progress::default()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [2; 4096]);
     }
 }
