@@ -55,8 +55,8 @@ def main() -> int:
         os.write(1, framed(pb.Response(failure=failure)))
         return 5
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        if os.path.exists(message.control_socket):  # noqa: PTH110 (a script without imports)
-            os.unlink(message.control_socket)  # noqa: PTH108
+        if os.path.exists(message.control_socket):
+            os.unlink(message.control_socket)
         listener.bind(message.control_socket)
         listener.listen()
         status = pb.TapStatus(pid=os.getpid())

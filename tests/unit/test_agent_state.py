@@ -41,7 +41,7 @@ async def test_state_survives_and_is_private(tmp_path: Path) -> None:
     await store.save()
     assert path.stat().st_mode & 0o777 == 0o600
     assert StateStore(path).value == store.value
-    assert os.listdir(tmp_path) == ["agent.json"]  # noqa: PTH208 (no blocking calls matter here)
+    assert os.listdir(tmp_path) == ["agent.json"]
 
 
 async def test_a_failed_save_leaves_the_old_state(
@@ -60,7 +60,7 @@ async def test_a_failed_save_leaves_the_old_state(
     with pytest.raises(NoSpaceError):
         await store.save()
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["agent.json"]  # noqa: PTH208 (no blocking calls matter here)
+    assert os.listdir(tmp_path) == ["agent.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": 2}', b'{"surprise": 1}'])
