@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -26,7 +27,6 @@ from tests.support.stack import Host, Stack, eventually, is_alive
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.needs("root"),
@@ -98,6 +98,15 @@ class Counter(threading.Thread):
             assert found == max(wanted, 0), f"slot {slot} is not of prefix {newest}"
 
 
+def holders(stack: Stack) -> list[int]:
+    """The source's holder, which names its directory in its command line."""
+    listed = subprocess.run(
+        ["pgrep", "-f", "ebbtide.source.holder"], capture_output=True, text=True, check=False
+    )
+    ours = stack.source.helpers()
+    return [int(pid) for pid in listed.stdout.split() if int(pid) in ours]
+
+
 def victims(stack: Stack) -> dict[str, Callable[[], None]]:
     """How to kill each process, and bring back what nobody supervises here: the agents."""
 
@@ -119,13 +128,9 @@ def victims(stack: Stack) -> dict[str, Callable[[], None]]:
                     os.kill(found.pid, signal.SIGKILL)
 
     def holder() -> None:
-        listed = subprocess.run(
-            ["pgrep", "-f", "ebbtide.source.holder"], capture_output=True, text=True, check=False
-        )
-        for pid in listed.stdout.split():
-            if int(pid) in stack.source.helpers():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        for pid in holders(stack):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     return {
         "tap": tap,
@@ -207,6 +212,23 @@ def test_sqlite_on_ext4_survives_every_kill(
             subprocess.run(["umount", str(mountpoint)], check=False)
 
 
+def complete(stack: Stack) -> bool:
+    """Tap and holder run, and both have the descriptor of the mounted file system."""
+    with contextlib.suppress(grpc.RpcError, StopIteration):
+        tap = stack.source.source("ward").tap
+        return is_alive(tap.pid) and tap.fuse_attached and any(map(holds_fuse, holders(stack)))
+    return False
+
+
+def holds_fuse(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return any(
+            os.readlink(descriptor) == "/dev/fuse"
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir()
+        )
+    return False
+
+
 def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> None:
     kill = victims(stack)
     database = sqlite3.connect(mountpoint / "ward.db", timeout=60)
@@ -217,6 +239,7 @@ def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> N
     committed = 0
     stop = threading.Event()
     failures: list[BaseException] = []
+    killed: list[str] = []
 
     def work() -> None:
         nonlocal committed
@@ -236,8 +259,11 @@ def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> N
         with stack.view("ward", writable=True):
             for number in range(count):
                 time.sleep(rng.uniform(0.1, 0.6))
-                kill[rng.choice(sorted(kill))]()
-                assert not failures, f"kill {number}: {failures}"
+                # One at a time: tap and holder keep the kernel's descriptor for one another.
+                eventually(lambda: complete(stack), 60, "every process is back")
+                killed.append(rng.choice(sorted(kill)))
+                kill[killed[-1]]()
+                assert not failures, f"kills {killed}: {failures}"
                 if number % 5 == 4:
                     check_history(stack, committed)
     finally:

@@ -215,6 +215,11 @@ class Stack:
             stack.target.start()
             stack.source.start()
             yield stack
+        except BaseException:
+            for host in (stack.source, stack.target):
+                lines = host.log.read_text(errors="replace").splitlines()[-40:]
+                print(f"--- {host.name}", *lines, sep="\n")
+            raise
         finally:
             stack.end()
 
