@@ -120,7 +120,9 @@ def test_restore_goes_on_where_it_was_cut_off(stack: Stack, rng: random.Random) 
     first = next(iter(call))
     assert not first.done
     call.cancel()
-    eventually(lambda: not _has_open(stack.target.process.pid, path), what="the work stops")  # type: ignore[union-attr]
+    process = stack.target.process
+    assert process is not None
+    eventually(lambda: not _has_open(process.pid, path), what="the work stops")
     request.volumes[0].overwrite = True
     last = list(stack.target.stub.Restore(request))[-1]
     assert last.done

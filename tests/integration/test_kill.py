@@ -198,7 +198,7 @@ def test_sqlite_on_ext4_survives_every_kill(
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     with Stack.run(tmp_path) as stack:
-        stack.protect("ward", {"disk": 128 << 20})
+        stack.protect("ward", {"disk": 1 << 30})
         device = (
             stack.source.stub.Attach(agent_pb2.AttachRequest(group="ward"), timeout=30)
             .devices[0]

@@ -44,6 +44,9 @@ class _Stream(asyncio.Protocol):
         self._owner = owner
         self._buffer = bytearray()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._owner.connected(transport)
+
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         start = 0
@@ -81,11 +84,20 @@ class ControlClient:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
-                transport, _ = await loop.create_unix_connection(lambda: _Stream(client), str(path))
+                await loop.create_unix_connection(lambda: _Stream(client), str(path))
         except (OSError, TimeoutError) as error:
+            client.close()
             raise UnreachableError(f"nobody answers on {path}: {error}") from None
-        client._transport = transport
+        except asyncio.CancelledError:
+            # The connection may stand already.
+            client.close()
+            raise
         return client
+
+    def connected(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport; called once, as soon as it is there."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (a stream socket)
+        self._transport = transport
 
     async def request(self, message: pb.Request, *, timeout_s: float = ANSWER_S) -> pb.Response:
         """Send one request. Raises the error that the process answers, or `UnreachableError`."""

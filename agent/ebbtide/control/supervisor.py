@@ -116,10 +116,11 @@ class Supervisor(ABC):
             self._settled.set()
             await self._until_gone(client, watch)
             self._serving.clear()
-            self.client = None
             self.lost()
             if self._stopping.is_set():
+                # Whoever stops us takes the client, also one of a restart that was under way.
                 break
+            self.client = None
             self.state = ProcessState.RESTARTING
             self.restarts += 1
             self._log.warning("process ended", pid=self.pid, restarts=self.restarts)
@@ -180,15 +181,15 @@ class Supervisor(ABC):
 
     async def abandon(self) -> None:
         """Let the process run on, for the next agent to adopt."""
-        client = self.client
         await self._end_task()
+        client, self.client = self.client, None
         if client is not None:
             client.close()
 
     async def stop(self, *, timeout_s: float = 60.0) -> None:
         """Ask the process to end cleanly, and wait until it has."""
-        client, pid = self.client, self.pid
         await self._end_task()
+        client, self.client, pid = self.client, None, self.pid
         self.state = ProcessState.STOPPED
         if client is None:
             return
