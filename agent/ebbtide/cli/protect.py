@@ -124,7 +124,8 @@ def protect(
         session.out.say(f"  {volume.name}  {format_size(volume.size)}  {volume.backing}")
         session.out.say(f"    {volume.nbd_uri}")
     if not to:
-        session.out.say("  history stays on this host: no target was named (--to PEER)")
+        session.out.say("  [yellow]no target was named (--to PEER)[/]: writes are recorded in the")
+        session.out.say("  spool, but views of a spool cannot be opened yet")
     session.out.say(f"next: ebb attach {made.name}   (a block device that records)")
     session.out.say(f"      ebb status {made.name} --watch")
 
