@@ -2,7 +2,26 @@
 
 from typing import final
 
-__all__: list[str]
+__all__ = [
+    "VERSION",
+    "Batch",
+    "History",
+    "HistoryView",
+    "Journal",
+    "LogEnd",
+    "LogReader",
+    "NativeError",
+    "PanicException",
+    "Restore",
+    "SyncHandle",
+    "Timeline",
+    "forbid_core_files",
+    "holder_main",
+    "loop_attach",
+    "loop_detach",
+    "tap_main",
+    "view_main",
+]
 
 VERSION: str
 
