@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ebbtide.errors import EbbError, UnreachableError, error_from
 from ebbtide.rpc import control_pb2 as pb
@@ -96,8 +96,8 @@ class ControlClient:
 
     def connected(self, transport: asyncio.BaseTransport) -> None:
         """Take the transport; called once, as soon as it is there."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (a stream socket)
-        self._transport = transport
+        # A stream socket has one of these; uvloop's do not say so by their class.
+        self._transport = cast("asyncio.Transport", transport)
 
     async def request(self, message: pb.Request, *, timeout_s: float = ANSWER_S) -> pb.Response:
         """Send one request. Raises the error that the process answers, or `UnreachableError`."""
