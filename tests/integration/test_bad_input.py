@@ -266,15 +266,14 @@ def test_disk_full_at_the_spool_costs_history_never_writes(
         assert "gap" in said
         stack.target.start()
 
-        def recording() -> bool:
+        def mended() -> bool:
             tap = stack.source.source("ward").tap
-            return tap.mode == "recording" and not tap.in_span
+            return tap.mode == "recording" and not tap.in_span and equal_to_source(stack)
 
-        eventually(recording, 120, "recording goes on by itself")
-        stack.wait_durable("ward")
-        assert equal_to_source(stack)
+        # So small a spool may run full again while the missed regions are recorded: again a gap.
+        eventually(mended, 120, "recording goes on and mends history by itself")
         points = stack.target.stub.Points(agent_pb2.PointsRequest(group="ward"))
-        assert [gap.cause for gap in points.gaps] == ["spool-full"]
+        assert {gap.cause for gap in points.gaps} == {"spool-full"}
         assert points.gaps[0].bytes > 0
         with stack.view("ward", at_time_us=before, exact=True) as view:
             assert view.time_us <= before

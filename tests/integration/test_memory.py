@@ -18,7 +18,7 @@ import pytest
 
 from ebbtide.rpc import agent_pb2
 from tests.support.nbd import Client
-from tests.support.stack import Stack
+from tests.support.stack import Stack, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +91,13 @@ def test_two_gigabytes_through_a_mount_in_256_mib(
             group_status = stack.source.source("ward")
             assert group_status.tap.pid in in_group
             assert group_status.tap_restarts == 0
-            assert group_status.tap.mode == "recording"
+
+            def mended() -> bool:
+                tap = stack.source.source("ward").tap
+                return tap.mode == "recording" and not tap.in_span
+
+            # A slow disk may cost a gap (an encoder that is stuck for 2 s), but it mends itself.
+            eventually(mended, 300, "recording goes on")
             stack.wait_durable("ward", within_s=600)
             with (
                 Client(stack.uri("ward", "disk")) as source,
