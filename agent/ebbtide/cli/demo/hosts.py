@@ -258,8 +258,9 @@ def free_ports() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing inside."""
-    kept = {sign: signal.signal(sign, signal.SIG_IGN) for sign in (signal.SIGINT, signal.SIGTERM)}
+    """What would end us does nothing inside."""
+    signs = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = {sign: signal.signal(sign, signal.SIG_IGN) for sign in signs}
     try:
         yield
     finally:
