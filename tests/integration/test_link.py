@@ -153,6 +153,43 @@ def test_source_restarts_while_the_link_is_cut(
     whole(stack, load.writes)
 
 
+def test_spoilt_spool_is_found_and_history_goes_on_behind_it(
+    linked: tuple[Stack, Relay], rng: random.Random
+) -> None:
+    """A bit of a frame flips before it is shipped: the target refuses it, the source finds it."""
+    stack, link = linked
+    stack.protect("ward", {"disk": SIZE})
+    with Client(stack.uri("ward", "disk")) as client:
+        client.pwrite(rng.randbytes(SIZE), 0)
+        client.flush()
+        before = client.read_all()
+        kept = stack.wait_durable("ward")
+        link.cut()
+        for at in range(0, SIZE, 1 << 20):
+            client.pwrite(rng.randbytes(64 << 10), at)
+        client.flush()
+        spool = Path(stack.source.source("ward").spool_dir)
+        segment = max(spool.glob("*.open"), key=lambda path: path.stat().st_mtime_ns)
+        with segment.open("r+b") as file:
+            file.seek(-100_000, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 4]))
+        link.mend()
+
+        def told() -> bool:
+            notices = stack.source.source("ward").notices
+            return any(segment.name in notice for notice in notices)
+
+        eventually(told, what="a notice names the segment")
+        eventually(lambda: stack.is_copied("ward"), 60, "all volumes are copied again")
+        stack.wait_durable("ward")
+        with stack.view("ward") as view, Client(view.volumes[0].nbd_uri) as newest:
+            assert newest.read_all() == client.read_all()
+    with stack.view("ward", at_seq=kept) as view, Client(view.volumes[0].nbd_uri) as old:
+        assert old.read_all() == before
+
+
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 

@@ -45,6 +45,8 @@ REFUSED_S = 15.0
 PARTED = frozenset(
     {"conflict", "broken-chain", "out-of-order", "below-floor", "seq-reused", "unknown-incarnation"}
 )
+#: Bytes that fail their checks: where we read them, or where the target took them.
+SPOILT = "damaged"
 
 
 class ShipState(StrEnum):
@@ -123,6 +125,9 @@ class Shipper:
         self._durable: tuple[bytes, int] | None = None
         self._releasable = asyncio.Event()
         self._window = BATCH_BYTES
+        #: The target refused frames for their bytes: the next stream checks what it reads. Else
+        #: the target alone does, which it must anyway.
+        self._suspicious = False
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -174,10 +179,16 @@ class Shipper:
             except ShipRefusedError as error:
                 refused = not error.retry
                 self._set(ShipState.REFUSED if refused else ShipState.DISCONNECTED, error.message)
+                if error.code == SPOILT and not self._suspicious:
+                    self._suspicious, refused = True, False
                 if error.code in PARTED:
                     refused = not await self._start_anew(error.message)
             except EbbError as error:
                 self._set(ShipState.DISCONNECTED, error.message)
+                if error.code == SPOILT:
+                    # The spool's bytes will not get better: history goes on behind them.
+                    self._suspicious = False
+                    refused = not await self._start_anew(error.message)
             except grpc.RpcError as error:
                 self._set(ShipState.DISCONNECTED, from_rpc(error, self.peer).message)
             except Exception as error:  # noqa: BLE001
@@ -300,7 +311,10 @@ class Shipper:
         if position is None and welcome.HasField("resume"):
             position = (welcome.resume.incarnation, welcome.resume.next_frame)
         reader = await self._thread.call(
-            _native.LogReader, self._record.spool_dir, self._record.group_id
+            _native.LogReader,
+            self._record.spool_dir,
+            self._record.group_id,
+            verify=self._suspicious,
         )
         await self._thread.call(reader.seek, position)
         self._window = max(welcome.window_bytes, BATCH_BYTES)

@@ -202,13 +202,17 @@ pub struct PyLogReader {
 
 #[pymethods]
 impl PyLogReader {
+    /// `verify`: frames are checked against their body digests. Whoever hands them on to a journal,
+    /// which checks them anyway, saves this side the time.
     #[new]
-    fn new(py: Python<'_>, directory: &str, group: &[u8]) -> PyResult<Self> {
+    #[pyo3(signature = (directory, group, *, verify=true))]
+    fn new(py: Python<'_>, directory: &str, group: &[u8], verify: bool) -> PyResult<Self> {
         let group = group_id(group)?;
         let directory: Arc<dyn Directory> = open_directory(Path::new(directory))?;
-        let reader = py
+        let mut reader = py
             .detach(|| LogReader::open(directory, group))
             .map_err(raise)?;
+        reader.verify_bodies(verify);
         Ok(Self {
             reader: Mutex::new(reader),
         })

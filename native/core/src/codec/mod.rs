@@ -37,7 +37,11 @@ pub enum CodecError {
 /// How hard the encoder tries; the tap lowers it under load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Effort {
+    /// Stores cells as they are.
     Raw,
+    /// Compresses what compresses so well that it is sooner sealed, written and shipped for it;
+    /// stores the rest as it is.
+    Quick,
     Lz4,
 }
 

@@ -298,7 +298,7 @@ impl Pipeline {
             .map(|(offset, length)| queue.bytes(*offset, *length))
             .collect();
         let effort = if queue.used_bytes() > queue.capacity() / 2 {
-            Effort::Raw
+            Effort::Quick
         } else {
             Effort::Lz4
         };
