@@ -7,13 +7,12 @@ rows that end in `_random` are fio's, the others' data are recorded database pag
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
+import os
 import random
 import struct
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from bench import data, disk, grpc_rate
+from bench.durable import DurableWatch
 from bench.errors import NOT_MEASURED, UnavailableError, reason_of
 from bench.load import Case, Outcome, fio, generator
 from bench.peers import serving
@@ -324,43 +324,13 @@ def cpu_per_gb(outcomes: list[Outcome]) -> list[float]:
 # Lag
 
 
-class DurableWatch:
-    """Asks the target every 2 ms what it holds durably, from a thread of its own."""
-
-    def __init__(self, product: Product, group: str) -> None:
-        self._product, self._group = product, group
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.times_ns: list[int] = []
-        self.seqs: list[int] = []
-
-    def __enter__(self) -> DurableWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.002):
-            seq = self._product.durable_seq(self._group)
-            # After the answer: what it says was true before, so lag is never flattered.
-            self.times_ns.append(time.monotonic_ns())
-            self.seqs.append(seq)
-
-    def durable_at_ns(self, seq: int) -> int | None:
-        """When `seq` was first seen durable."""
-        at = bisect.bisect_left(self.seqs, seq)
-        return self.times_ns[at] if at < len(self.seqs) else None
-
-
 def lag(bench: Bench) -> list[Row]:
     """Write answered to durable at the target, beside a bare fdatasync loop on the same disk."""
     pages = data.database_pages(bench.cache, bench.scale.pages)
     syncs: list[float] = []
 
     def fdatasync() -> list[float]:
+        os.sync()
         took = disk.fdatasync_ms(bench.work, bench.scale.lag_seconds / 3)
         syncs.extend(took)
         return took
@@ -412,7 +382,9 @@ def lags_ms(bench: Bench, product: Product, suite: Suite, pages: data.Pages) -> 
         bytes_max=0,
         size=bench.scale.image,
     )
-    with DurableWatch(product, group) as watch:
+    # What earlier parts left to be written out is not what is measured here, on either side.
+    os.sync()
+    with DurableWatch(product.journal(group)) as watch:
         generator(product.export(group), case, pages.path, rate=LAG_WRITES_PER_S, answers=answers)
         product.settle(group)
         time.sleep(0.05)

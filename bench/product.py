@@ -151,6 +151,10 @@ class Product:
     def durable_seq(self, group: str) -> int:
         return int(self._stack.target.target(group).durable_seq)
 
+    def journal(self, group: str) -> Path:
+        """Directory of the history at the target."""
+        return Path(self._stack.target.target(group).journal_dir)
+
     def wait_copied(self, group: str, within_s: float = 600) -> None:
         """Wait until no region is left to copy and no span is open."""
         begun, begun_us = time.monotonic(), time.time_ns() // 1000
