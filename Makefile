@@ -50,7 +50,7 @@ fmt: $(VENV)/lint.stamp ## Format all code
 
 .PHONY: build
 build: $(VENV)/packages.stamp $(RPC)/stubs.stamp ## Build the native module and stubs into .venv
-	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install a Rust toolchain >= 1.88 (rustup.rs)" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install a Rust toolchain >= 1.89 (rustup.rs)" >&2; exit 1; }
 	@echo "building the native module"; $(BIN)/maturin develop --release --quiet >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
 
 .PHONY: clean

@@ -5,6 +5,7 @@ from typing import final
 __all__ = [
     "VERSION",
     "Batch",
+    "Gcm",
     "History",
     "HistoryView",
     "Journal",
@@ -13,12 +14,18 @@ __all__ = [
     "NativeError",
     "PanicException",
     "Restore",
+    "Sm4Cbc",
+    "Sm4Ctr",
+    "Sm4Xts",
     "SyncHandle",
+    "Text",
     "Timeline",
     "forbid_core_files",
     "holder_main",
     "loop_attach",
     "loop_detach",
+    "sm4_kernel",
+    "sm4_kernels",
     "tap_main",
     "view_main",
 ]
@@ -180,6 +187,58 @@ class Restore:
     def bytes_done(self) -> int: ...
     @property
     def bytes_written(self) -> int: ...
+
+@final
+class Text:
+    """Bytes that ciphers change in place, where Python cannot touch them meanwhile."""
+
+    def __new__(cls, data: bytes) -> Text: ...
+    def __len__(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+
+@final
+class Gcm:
+    """GCM with a key of a suite; for tests and benchmarks, as all ciphers here."""
+
+    def __new__(cls, suite: int, key: bytes, kernel: str | None = None) -> Gcm: ...
+    def seal(self, nonce: bytes, aad: bytes, text: Text) -> bytes:
+        """Encrypt in place; returns the tag."""
+
+    def open(self, nonce: bytes, aad: bytes, text: Text, tag: bytes) -> None:
+        """Decrypt in place; the text is lost if the tag is wrong."""
+
+@final
+class Sm4Ctr:
+    """SM4-CTR; calls go on where the last one ended."""
+
+    def __new__(cls, key: bytes, counter: bytes, kernel: str | None = None) -> Sm4Ctr: ...
+    def apply(self, text: Text) -> None: ...
+
+@final
+class Sm4Cbc:
+    """SM4-CBC on whole blocks; calls go on where the last one ended."""
+
+    def __new__(cls, key: bytes, iv: bytes, kernel: str | None = None) -> Sm4Cbc: ...
+    def encrypt(self, text: Text) -> None: ...
+    def decrypt(self, text: Text) -> None: ...
+
+@final
+class Sm4Xts:
+    """SM4-XTS; `standard` is "gb" (GB/T 17964-2021) or "ieee" (IEEE 1619)."""
+
+    def __new__(cls, standard: str, key: bytes, kernel: str | None = None) -> Sm4Xts: ...
+    def encrypt(self, tweak: bytes, text: Text) -> None: ...
+    def decrypt(self, tweak: bytes, text: Text) -> None: ...
+    def encrypt_units(self, first: int, unit_len: int, text: Text) -> None:
+        """Encrypt consecutive units; a unit's tweak is its number, little-endian."""
+
+    def decrypt_units(self, first: int, unit_len: int, text: Text) -> None: ...
+
+def sm4_kernel() -> str:
+    """Name of the SM4 kernel that this process uses; EBB_SM4_KERNEL may name it."""
+
+def sm4_kernels() -> list[str]:
+    """Names of the SM4 kernels that this processor can run, the best first."""
 
 def tap_main(launch: bytes) -> int:
     """Be a tap server until it ends; returns the exit code."""

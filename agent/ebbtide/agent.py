@@ -22,6 +22,7 @@ from ebbtide.control.names import SHORT_LEN
 from ebbtide.control.state import StateStore
 from ebbtide.errors import ConfigError, PrivilegeError, RefusedError
 from ebbtide.rpc import agent_pb2_grpc
+from ebbtide.rpc.failure import from_native
 from ebbtide.rpc.peers import Dialer
 from ebbtide.security.keys import MasterKey
 from ebbtide.security.peers import load_peers
@@ -187,6 +188,10 @@ def run(path: Path) -> int:
     # Before there is a key to keep.
     _native.forbid_core_files()
     config = load_config(path)
+    try:
+        _native.sm4_kernel()
+    except _native.NativeError as error:
+        raise from_native(error) from error
     _log_to_stderr(config)
     lock = _prepare(config)
 

@@ -1,6 +1,7 @@
 //! `ebbtide._native`: registers what `native/core` offers to Python, converts errors, and lets go
 //! of the GIL around everything that can take more than about 10 us. Nothing else.
 
+mod crypto;
 mod directory;
 mod errors;
 mod history;
@@ -18,6 +19,8 @@ mod _native {
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+    #[pymodule_export]
+    use super::crypto::{PyGcm, PyText, Sm4Cbc, Sm4Ctr, Sm4Xts, sm4_kernel, sm4_kernels};
     #[pymodule_export]
     use super::errors::NativeError;
     #[pymodule_export]

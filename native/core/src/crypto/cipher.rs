@@ -2,29 +2,37 @@
 
 use std::fmt;
 
-use aes_gcm::aead::consts::U12;
-use aes_gcm::aead::{AeadInOut, KeyInit};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
-use super::{CryptoError, Suite, TAG_LEN};
+use super::{CryptoError, Suite, TAG_LEN, sm4};
 use crate::types::FrameNo;
 
-const NONCE_LEN: usize = 12;
+pub const NONCE_LEN: usize = 12;
 
-/// GCM as the generic construction gives it, with SM4 in AES's place (RFC 8998).
-type Sm4Gcm = aes_gcm::AesGcm<sm4::Sm4, U12>;
-
-/// One key of one suite.
-enum Gcm {
-    Sm4(Box<Sm4Gcm>),
+/// GCM with one key of one suite: our SM4, a library's AES. Frames use it through `FrameCipher`,
+/// which makes the nonces.
+pub enum Gcm {
+    Sm4(Box<sm4::Gcm>),
     Aes256(Box<LessSafeKey>),
 }
 
+impl fmt::Debug for Gcm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gcm(..)")
+    }
+}
+
 impl Gcm {
-    fn new(suite: Suite, key: &[u8]) -> Self {
+    /// `key` has the suite's length.
+    pub fn new(suite: Suite, key: &[u8]) -> Self {
         const FITS: &str = "invariant: the key has the suite's length";
         match suite {
-            Suite::Sm4Gcm => Self::Sm4(Box::new(Sm4Gcm::new_from_slice(key).expect(FITS))),
+            Suite::Sm4Gcm => {
+                let kernel = sm4::Kernel::chosen()
+                    .expect("invariant: who starts the process has asked for the kernel");
+                let key = key.try_into().expect(FITS);
+                Self::Sm4(Box::new(sm4::Gcm::new(kernel, key)))
+            }
             Suite::Aes256Gcm => {
                 let key = UnboundKey::new(&AES_256_GCM, key).expect(FITS);
                 Self::Aes256(Box::new(LessSafeKey::new(key)))
@@ -32,13 +40,11 @@ impl Gcm {
         }
     }
 
-    fn seal(&self, nonce: [u8; NONCE_LEN], aad: &[u8], buffer: &mut [u8]) -> [u8; TAG_LEN] {
+    /// Encrypts `buffer` in place and returns its tag. Once only for each `nonce`.
+    pub fn seal(&self, nonce: [u8; NONCE_LEN], aad: &[u8], buffer: &mut [u8]) -> [u8; TAG_LEN] {
         const SHORT: &str = "invariant: a cell is far below GCM's limit of 64 GiB";
         match self {
-            Self::Sm4(gcm) => gcm
-                .encrypt_inout_detached(&nonce.into(), aad, buffer.into())
-                .expect(SHORT)
-                .into(),
+            Self::Sm4(gcm) => gcm.seal(&nonce, aad, buffer),
             Self::Aes256(key) => {
                 let nonce = Nonce::assume_unique_for_key(nonce);
                 let tag = key.seal_in_place_separate_tag(nonce, Aad::from(aad), buffer);
@@ -50,7 +56,8 @@ impl Gcm {
         }
     }
 
-    fn open(
+    /// Decrypts `buffer` in place; its content is unspecified after an error, but never the text.
+    pub fn open(
         &self,
         nonce: [u8; NONCE_LEN],
         aad: &[u8],
@@ -58,9 +65,7 @@ impl Gcm {
         tag: &[u8; TAG_LEN],
     ) -> Result<(), CryptoError> {
         match self {
-            Self::Sm4(gcm) => gcm
-                .decrypt_inout_detached(&nonce.into(), aad, buffer.into(), &(*tag).into())
-                .map_err(|_| CryptoError::InvalidTag),
+            Self::Sm4(gcm) => gcm.open(&nonce, aad, buffer, tag),
             Self::Aes256(key) => {
                 let nonce = Nonce::assume_unique_for_key(nonce);
                 key.open_in_place_separate_tag(nonce, Aad::from(aad), (*tag).into(), buffer, 0..)

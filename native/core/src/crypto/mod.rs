@@ -1,5 +1,4 @@
-//! Keys, suites and seals. A library's ciphers behind one seam; own SM4 kernels take the same
-//! place.
+//! Keys, suites and seals. Our SM4 and a library's AES behind one seam.
 //!
 //! Key tree: group key --HKDF(salt = incarnation salt)--> incarnation key --HKDF-Expand(frame
 //! number)--> frame key. One frame can be disclosed without the others. Suites: SM4-GCM with
@@ -12,13 +11,14 @@
 
 mod cipher;
 mod kdf;
+pub mod sm4;
 
 use std::fmt;
 use std::sync::Arc;
 
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
-pub use cipher::FrameCipher;
+pub use cipher::{FrameCipher, Gcm, NONCE_LEN};
 use kdf::Hkdf;
 
 use crate::types::{FrameNo, GroupId, IncarnationId};
@@ -50,7 +50,7 @@ pub const SUITE_VALUES: &[(&str, u64)] = &[
 
 impl Suite {
     /// Bytes of a frame key.
-    fn key_len(self) -> usize {
+    pub fn key_len(self) -> usize {
         match self {
             Self::Sm4Gcm => 16,
             Self::Aes256Gcm => 32,
@@ -79,6 +79,8 @@ pub enum CryptoError {
     UnknownSuite(u16),
     #[error("the operating system gave no random bytes")]
     NoRandom,
+    #[error("the text has a length that the mode cannot have")]
+    TextLength,
 }
 
 /// Bytes from the operating system's generator.

@@ -2,6 +2,7 @@
 
 use super::failure::{ExitCode, Failure};
 use super::loop_device::LoopError;
+use crate::crypto::sm4::{KERNEL_VARIABLE, KernelError};
 use crate::index::HistoryError;
 use crate::log::LogError;
 use crate::storage::is_full;
@@ -59,6 +60,15 @@ impl From<LogError> for Failure {
 fn parted(code: &'static str, message: String) -> Failure {
     let hint = "the source begins a new incarnation and copies its volumes";
     Failure::new(code, ExitCode::Damaged, message, hint)
+}
+
+impl From<KernelError> for Failure {
+    fn from(error: KernelError) -> Self {
+        Self {
+            hint: "unset it, and the best one is used",
+            ..Self::config(format!("{KERNEL_VARIABLE}: {error}"))
+        }
+    }
 }
 
 impl From<LoopError> for Failure {

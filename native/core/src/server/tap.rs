@@ -18,6 +18,7 @@ use super::proto::{self, TapLaunch};
 use super::run::{Exit, Signals, finish, report_ready};
 use super::{direct, memory};
 use crate::constants::LABEL_BYTES_MAX;
+use crate::crypto::sm4::Kernel;
 use crate::device::BlockDevice;
 use crate::log::{LogEnd, LogPosition};
 use crate::nbd;
@@ -36,6 +37,7 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
     let mut launch = TapLaunch::decode(launch)
         .map_err(|error| Failure::usage(format!("the launch message is damaged: {error}")))?;
     memory::forbid_core_files();
+    Kernel::chosen()?;
     let signals = Signals::block()?;
     // Before any thread starts: they inherit it.
     let mut notices = memory::enter_write_back_path();

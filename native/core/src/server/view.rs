@@ -18,6 +18,7 @@ use super::proto::view_launch::Point as Asked;
 use super::proto::{self, ViewLaunch};
 use super::run::{Exit, Signals, finish, report_ready};
 use crate::constants::CACHE_BYTES;
+use crate::crypto::sm4::Kernel;
 use crate::device::BlockDevice;
 use crate::index::{History, Point, PointSpec};
 use crate::nbd;
@@ -47,6 +48,7 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
     let mut launch = ViewLaunch::decode(launch)
         .map_err(|error| Failure::usage(format!("the launch message is damaged: {error}")))?;
     memory::forbid_core_files();
+    Kernel::chosen()?;
     let signals = Signals::block()?;
     let mut notices = Vec::new();
     if !launch.overlay_dir.is_empty() {
