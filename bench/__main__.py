@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench import boundary, capture, machine, rows
+from bench import boundary, capture, hotpath, machine, rows
 
 ROOT = Path(__file__).parents[1]
-SUITES = {"boundary": boundary.run, "capture": capture.run}
+SUITES = {"boundary": boundary.run, "capture": capture.run, "hotpath": hotpath.run}
 
 
 def main() -> int:

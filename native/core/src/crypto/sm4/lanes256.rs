@@ -18,7 +18,7 @@ use super::gfni::{
     OUT_ROTATED_CONSTANT, OUT_ROTATED_MATRIX, OUT_SHIFTED_CONSTANT, OUT_SHIFTED_MATRIX,
     REVERSE_BITS, REVERSED,
 };
-use super::wide::{Lanes, entry_points};
+use super::lanes::{Lanes, entry_points};
 
 /// Calls intrinsics.
 macro_rules! simd {

@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 };
 
 use super::gfni::{IN_CONSTANT, IN_MATRIX, OUT_CONSTANT, OUT_MATRIX, REVERSE_BITS};
-use super::wide::{Lanes, entry_points};
+use super::lanes::{Lanes, entry_points};
 
 /// Calls intrinsics.
 macro_rules! simd {

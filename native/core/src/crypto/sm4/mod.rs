@@ -14,13 +14,15 @@
 //! of coordinates, which the affine maps absorb.
 //!
 //! The best kernel that the processor has is taken, or the one that `EBB_SM4_KERNEL` names.
-//! `kernel.rs` knows which there are; `wide.rs` is what the vector kernels share, `lanes*.rs` are
+//! `kernel.rs` knows which there are; `wide*.rs` are what the vector kernels share, `lanes*.rs`
 //! their vectors; `gcm.rs`, `modes.rs` and `xts.rs` are the modes, which know no kernel by name.
 
 mod gcm;
 #[cfg(target_arch = "x86_64")]
 mod gfni;
 mod kernel;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod lanes256;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +32,10 @@ mod portable;
 mod portable_ghash;
 #[cfg(target_arch = "x86_64")]
 mod wide;
+#[cfg(target_arch = "x86_64")]
+mod wide_gcm;
+#[cfg(target_arch = "x86_64")]
+mod wide_xts;
 mod xts;
 
 use zeroize::{Zeroize, ZeroizeOnDrop};
