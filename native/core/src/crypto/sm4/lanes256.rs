@@ -47,6 +47,7 @@ impl Token {
 pub struct Lanes256<const GFNI: bool, const WIDE_PRODUCT: bool>(__m256i);
 
 /// Where the bytes of a word go when it is rotated left by `bytes`, for PSHUFB.
+#[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
 const fn rotation(bytes: usize, undo_shift_rows: bool) -> [u8; 16] {
     let mut mask = [0; 16];
     let mut i = 0;

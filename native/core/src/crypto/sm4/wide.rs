@@ -11,6 +11,9 @@
 //! touch a vector: closures are compiled without the features, and every operation in them becomes
 //! a call. Hence plain loops over indices.
 
+// Loops over indices, for the reason above.
+#![allow(clippy::needless_range_loop)]
+
 use super::lanes::Lanes;
 use super::{BLOCK_LEN, CK, FK, KEY_LEN, POWERS, RoundKeys, words, xor_in_place};
 
@@ -87,13 +90,11 @@ pub fn rounds<L: Lanes, const SETS: usize>(
 /// Key schedule.
 #[inline(always)]
 pub fn expand<L: Lanes>(token: L::Token, key: &[u8; KEY_LEN]) -> RoundKeys {
-    let [a, b, c, d] = words(key);
-    let mut k = [
-        L::splat(token, a ^ FK[0]),
-        L::splat(token, b ^ FK[1]),
-        L::splat(token, c ^ FK[2]),
-        L::splat(token, d ^ FK[3]),
-    ];
+    let key = words(key);
+    let mut k = [L::splat(token, 0); 4];
+    for i in 0..4 {
+        k[i] = L::splat(token, key[i] ^ FK[i]);
+    }
     let mut keys = RoundKeys([0; 32]);
     for i in 0..32 {
         let sum = L::splat(token, CK[i]).xor3(k[1], k[2]).xor(k[3]);

@@ -17,10 +17,10 @@ use super::{BLOCK_LEN, POWERS, Powers, RoundKeys, xor_in_place};
 /// A hash as vector of 128 bits.
 #[inline(always)]
 fn to_vector(hash: u128) -> __m128i {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap)]
-    let (high, low) = ((hash >> 64) as i64, hash as i64);
+    #[expect(clippy::cast_possible_truncation, reason = "cuts the halves out")]
+    let (high, low) = ((hash >> 64) as u64, hash as u64);
     // SAFETY: x86-64 has SSE2.
-    unsafe { _mm_set_epi64x(high, low) }
+    unsafe { _mm_set_epi64x(high.cast_signed(), low.cast_signed()) }
 }
 
 #[inline(always)]

@@ -1,5 +1,8 @@
 //! XTS on batches, with its tweaks as vectors.
 
+// Loops over indices: see `wide.rs`.
+#![allow(clippy::needless_range_loop)]
+
 use super::lanes::Lanes;
 use super::wide::{Aligned, BATCH_LEN, Sets, rounds, to_blocks};
 use super::{BLOCK_LEN, RoundKeys, xts::double};
