@@ -62,7 +62,10 @@ static ALL: &[&Operations] = &[
 pub enum KernelError {
     #[error("SM4 kernel {name:?} is unknown; there are {}", names().join(", "))]
     Unknown { name: String },
-    #[error("this processor lacks what SM4 kernel {name:?} needs; it has {}", supported().join(", "))]
+    #[error(
+        "this processor lacks what SM4 kernel {name:?} needs; it has {}",
+        supported().join(", ")
+    )]
     Unsupported { name: &'static str },
 }
 

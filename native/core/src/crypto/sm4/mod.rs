@@ -15,7 +15,8 @@
 //!
 //! The best kernel that the processor has is taken, or the one that `EBB_SM4_KERNEL` names.
 //! `kernel.rs` knows which there are; `wide*.rs` are what the vector kernels share,
-//! `lanes*.rs` are their vectors; `gcm.rs`, `modes.rs` and `xts.rs` are the modes, which know no kernel by name.
+//! `lanes*.rs` are their vectors; `gcm.rs`, `modes.rs` and `xts.rs` are the modes, which know no
+//! kernel by name.
 
 // Not a bad idea here: see `wide.rs`.
 #![allow(clippy::inline_always)]
@@ -87,8 +88,8 @@ impl RoundKeys {
 /// Powers of the GHASH key, the highest first, so that the last `n` belong to `n` blocks: entry
 /// `POWERS - n` is H^n x. A power is a block read as big-endian number; the factor x makes the
 /// product of two such numbers come out right (the form of POLYVAL, RFC 8452, appendix A).
-/// A kernel fills in as many as it reads, from the end. Not aligned to vectors: who embeds a key, such
-/// as an object of Python's, need not know of it.
+/// A kernel fills in as many as it reads, from the end. Not aligned to vectors: who embeds a key,
+/// such as an object of Python's, need not know of it.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 struct Powers([u128; POWERS]);
 

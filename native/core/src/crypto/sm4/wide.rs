@@ -3,8 +3,8 @@
 //!
 //! A set is four vectors that hold word 0, 1, 2 and 3 of `BLOCKS` blocks. Several sets go through
 //! the rounds side by side, so that the processor always has something to do that does not wait.
-//! A batch is 64 blocks, `SETS` sets. GCM hashes one batch while the next one is encrypted, a little after
-//! each four rounds; the products are summed over the batch and reduced once.
+//! A batch is 64 blocks, `SETS` sets. GCM hashes one batch while the next one is encrypted, a
+//! little before each four rounds; the products are summed over the batch and reduced once.
 //!
 //! Everything here is generic over the vector and always inlined into the functions that
 //! `entry_points` makes, which are compiled with the kernel's processor features. No closure may
