@@ -5,6 +5,7 @@ from typing import final
 __all__ = [
     "VERSION",
     "Batch",
+    "FuseDescriptor",
     "Gcm",
     "History",
     "HistoryView",
@@ -251,6 +252,20 @@ def holder_main(launch: bytes) -> int:
 
 def forbid_core_files() -> None:
     """Keep keys out of core files and away from debuggers of the same user, until the next exec."""
+
+@final
+class FuseDescriptor:
+    """A duplicate of a mount's /dev/fuse descriptor, closed with the object.
+
+    Kept, never read: the mount outlives the death of its server and its holder at once.
+    """
+
+    @staticmethod
+    def copy_from(holder_socket: str) -> FuseDescriptor:
+        """Ask a holder for a duplicate."""
+
+    def give_to(self, holder_socket: str) -> None:
+        """Offer it to a holder, which takes it if it has none."""
 
 def loop_attach(file: str, read_only: bool) -> str:
     """Path of a loop device over a file, direct I/O on both."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sqlite3
 import subprocess
@@ -22,11 +23,11 @@ import pytest
 
 from ebbtide.rpc import agent_pb2
 from tests.support.nbd import Client, nbd_error
-from tests.support.stack import Host, Stack, eventually, is_alive
+from tests.support.stack import Stack, eventually, is_alive
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 pytestmark = [
     pytest.mark.needs("root"),
@@ -107,38 +108,51 @@ def holders(stack: Stack) -> list[int]:
     return [int(pid) for pid in listed.stdout.split() if int(pid) in ours]
 
 
-def victims(stack: Stack) -> dict[str, Callable[[], None]]:
-    """How to kill each process, and bring back what nobody supervises here: the agents."""
+VICTIMS = ("tap", "source", "target", "view", "holder")
 
-    def agent(host: Host) -> None:
-        host.kill()
-        host.start()
 
-    def tap() -> None:
-        with contextlib.suppress(grpc.RpcError):
-            pid = stack.source.source("ward").tap.pid
-            if pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+def pids_of(stack: Stack, victim: str) -> list[int]:
+    agents = {"source": stack.source, "target": stack.target}
+    if host := agents.get(victim):
+        return [host.process.pid] if host.process else []
+    if victim == "holder":
+        return holders(stack)
+    with contextlib.suppress(grpc.RpcError):
+        if victim == "view":
+            return [found.pid for found in stack.target.status().views if found.pid]
+        return [pid for pid in [stack.source.source("ward").tap.pid] if pid]
+    return []
 
-    def view() -> None:
-        for found in stack.target.status().views:
-            if found.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(found.pid, signal.SIGKILL)
 
-    def holder() -> None:
-        for pid in holders(stack):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+def kill(stack: Stack, *names: str, pause_s: float = 0.0) -> None:
+    """Kill processes, with a pause between them, and bring back what nobody supervises: agents.
 
-    return {
-        "tap": tap,
-        "source": lambda: agent(stack.source),
-        "target": lambda: agent(stack.target),
-        "view": view,
-        "holder": holder,
-    }
+    Returns when they are gone: a killed tap takes a second now and then to give its memory back,
+    and has its descriptors until then.
+    """
+    watched: list[int] = []
+    for number, pids in enumerate([pids_of(stack, name) for name in names]):
+        time.sleep(pause_s if number else 0.0)
+        watched += send_kill(pids)
+    for descriptor in watched:
+        try:
+            assert select.select([descriptor], [], [], 30)[0], f"{names} did not end"
+        finally:
+            os.close(descriptor)
+    for name, host in (("source", stack.source), ("target", stack.target)):
+        if name in names:
+            host.kill()
+            host.start()
+
+
+def send_kill(pids: Iterable[int]) -> list[int]:
+    """Send SIGKILL; returns a descriptor for each process, readable when it is gone."""
+    watched = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            watched.append(os.pidfd_open(pid))
+            os.kill(pid, signal.SIGKILL)
+    return watched
 
 
 def settled(stack: Stack, within_s: float = 90) -> None:
@@ -164,14 +178,13 @@ def test_nothing_flushed_is_lost_over_nbd(
     with Stack.run(tmp_path) as stack:
         stack.protect("ward", {"disk": SLOT * SLOTS})
         uri = stack.uri("ward", "disk")
-        kill = victims(stack)
         counter = None
         for _ in range(rounds(100)):
             counter = Counter(uri, rng, counter)
             counter.start()
             killed = rng.choice(["tap", "tap", "source", "target"])
             time.sleep(rng.uniform(0.05, 0.8))
-            kill[killed]()
+            kill(stack, killed)
             time.sleep(rng.uniform(0.05, 0.5))
             counter.finish()
             settled(stack)
@@ -189,6 +202,57 @@ def test_nothing_flushed_is_lost_over_nbd(
                 Client(view.volumes[0].nbd_uri) as client,
             ):
                 counter.check(client.read_all(), 0)
+
+
+@pytest.mark.needs("fuse", "loop")
+def test_a_device_outlives_any_two_of_tap_holder_and_agent(
+    tmp_path: Path, rng: random.Random, rounds: Callable[[int], int]
+) -> None:
+    with Stack.run(tmp_path) as stack:
+        stack.protect("ward", {"disk": SLOT * SLOTS})
+        attached = stack.source.stub.Attach(agent_pb2.AttachRequest(group="ward"), timeout=30)
+        writer = DeviceWriter(attached.devices[0].device)
+        writer.start()
+        try:
+            for number in range(rounds(100)):
+                time.sleep(rng.uniform(0.0, 0.2))
+                eventually(lambda: complete(stack), 60, "every process is back")
+                both = [("tap", "holder"), ("holder", "source"), ("source", "tap")][number % 3]
+                kill(stack, *rng.sample(both, 2), pause_s=rng.choice([0.0, rng.uniform(0.0, 0.5)]))
+                assert writer.failure is None, f"killed {both}: {writer.failure}"
+                before = writer.number
+                eventually(lambda at=before: writer.number > at + 10, 60, "writing goes on")
+        finally:
+            writer.stopping.set()
+            writer.join(60)
+        assert writer.failure is None
+        assert not writer.is_alive()
+
+
+class DeviceWriter(threading.Thread):
+    """Writes numbers to a block device, each durably, and reads them back."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(daemon=True)
+        self.device = device
+        self.number = 0
+        self.failure: BaseException | None = None
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with Path(self.device).open("r+b", buffering=0) as device:
+                while not self.stopping.is_set():
+                    block = self.number.to_bytes(8, "little") * (SLOT // 8)
+                    at = self.number % SLOTS * SLOT
+                    assert os.pwrite(device.fileno(), block, at) == SLOT
+                    os.fsync(device.fileno())
+                    # Not from the device's page cache.
+                    os.posix_fadvise(device.fileno(), at, SLOT, os.POSIX_FADV_DONTNEED)
+                    assert os.pread(device.fileno(), SLOT, at) == block
+                    self.number += 1
+        except (OSError, AssertionError) as error:
+            self.failure = error
 
 
 @pytest.mark.needs("fuse", "loop", "mkfs.ext4")
@@ -213,10 +277,17 @@ def test_sqlite_on_ext4_survives_every_kill(
 
 
 def complete(stack: Stack) -> bool:
-    """Tap and holder run, and both have the descriptor of the mounted file system."""
+    """Tap, holder and agent run, and each has the descriptor of the mounted file system."""
     with contextlib.suppress(grpc.RpcError, StopIteration):
         tap = stack.source.source("ward").tap
-        return is_alive(tap.pid) and tap.fuse_attached and any(map(holds_fuse, holders(stack)))
+        agent = stack.source.process
+        return (
+            is_alive(tap.pid)
+            and tap.fuse_attached
+            and any(map(holds_fuse, holders(stack)))
+            and agent is not None
+            and holds_fuse(agent.pid)
+        )
     return False
 
 
@@ -230,7 +301,6 @@ def holds_fuse(pid: int) -> bool:
 
 
 def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> None:
-    kill = victims(stack)
     database = sqlite3.connect(mountpoint / "ward.db", timeout=60)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
@@ -239,7 +309,7 @@ def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> N
     committed = 0
     stop = threading.Event()
     failures: list[BaseException] = []
-    killed: list[str] = []
+    killed: list[list[str]] = []
 
     def work() -> None:
         nonlocal committed
@@ -259,10 +329,10 @@ def survive(stack: Stack, mountpoint: Path, rng: random.Random, count: int) -> N
         with stack.view("ward", writable=True):
             for number in range(count):
                 time.sleep(rng.uniform(0.1, 0.6))
-                # One at a time: tap and holder keep the kernel's descriptor for one another.
+                # At most two: tap, holder and agent keep the kernel's descriptor for one another.
                 eventually(lambda: complete(stack), 60, "every process is back")
-                killed.append(rng.choice(sorted(kill)))
-                kill[killed[-1]]()
+                killed.append(rng.sample(VICTIMS, 2 if rng.random() < 0.3 else 1))
+                kill(stack, *killed[-1], pause_s=rng.choice([0.0, rng.uniform(0.0, 0.5)]))
                 assert not failures, f"kills {killed}: {failures}"
                 if number % 5 == 4:
                     check_history(stack, committed)

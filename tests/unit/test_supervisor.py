@@ -33,6 +33,8 @@ class Fake(Supervisor):
         super().__init__(name="fake", socket=directory / "fake.sock", log=directory / "fake.log")
         self.behaviour = behaviour
         self.launches = 0
+        #: How often what follows on serving fails before it succeeds.
+        self.refusals = 0
 
     async def launch_message(self) -> bytes:
         self.launches += 1
@@ -43,6 +45,12 @@ class Fake(Supervisor):
     async def adopted(self, client: ControlClient) -> int:
         response = await client.request(pb.Request(status=pb.StatusRequest()))
         return response.tap_status.pid
+
+    async def serving(self, client: ControlClient) -> None:
+        await client.request(pb.Request(status=pb.StatusRequest()))
+        if self.refusals:
+            self.refusals -= 1
+            raise RefusedError("what it needs is not there yet")
 
 
 @pytest.fixture
@@ -145,3 +153,35 @@ async def test_a_hanging_server_is_a_timeout(fakes: Callable[..., Fake]) -> None
         await fake.request(pb.Request(status=pb.StatusRequest()), timeout_s=0.2)
     assert hung.value.code == "timeout"
     os.kill(fake.pid, signal.SIGCONT)
+
+
+async def test_what_follows_on_serving_is_repeated_until_it_succeeds(
+    fakes: Callable[..., Fake],
+) -> None:
+    fake = fakes()
+    fake.refusals = 2
+    fake.begin()
+    with pytest.raises(RefusedError, match="not there yet"):
+        await fake.until_settled()
+    await until(lambda: fake.state is ProcessState.SERVING)
+    assert fake.failure is None
+    assert fake.launches == 1
+
+
+async def test_a_death_ends_the_repeating_of_what_follows_on_serving(
+    fakes: Callable[..., Fake],
+) -> None:
+    fake = fakes()
+    fake.refusals = 1000
+    fake.begin()
+    with pytest.raises(RefusedError):
+        await fake.until_settled()
+    first = fake.pid
+    fake.refusals = 0
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: fake.state is ProcessState.SERVING and fake.pid != first)
+    fake.refusals = 1000
+    os.kill(fake.pid, signal.SIGKILL)
+    await until(lambda: fake.refusals < 1000)
+    await asyncio.wait_for(fake.stop(), 5)
+    assert fake.state is ProcessState.STOPPED

@@ -2,7 +2,7 @@
 
 The holder keeps the descriptor of a FUSE mount whose files are the volumes. When a server is
 started again, it takes the descriptor from the holder; when the holder is, it gets it back from the
-server. A loop device therefore outlives both, one at a time.
+server, or from us, who keep a duplicate. A loop device outlives the death of any two of the three.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ebbtide.errors import (
 from ebbtide.rpc import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ebbtide.control.client import ControlClient
 
@@ -61,13 +61,12 @@ class Holder(Supervisor):
         name: str,
         attachment: Attachment,
         log: Path,
-        reattach: Callable[[], asyncio.Future[None] | asyncio.Task[None]],
+        join: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(name=f"holder of {name}", socket=Path(attachment.holder_socket), log=log)
         self._attachment = attachment
         self._source = f"ebbtide:{name}"
-        self._reattach = reattach
-        self._first = True
+        self._join = join
 
     async def launch_message(self) -> bytes:
         return pb.HolderLaunch(
@@ -81,9 +80,7 @@ class Holder(Supervisor):
         return response.holder_status.pid
 
     async def serving(self, client: ControlClient) -> None:  # noqa: ARG002 (of the base class)
-        if not self._first:
-            self._reattach()
-        self._first = False
+        await self._join()
 
     async def unmount(self) -> None:
         """Unmount and end the holder. Refused while a file of the mount is open."""
@@ -101,6 +98,7 @@ class BlockDevices:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._holder: Holder | None = None
+        self._kept: _native.FuseDescriptor | None = None
         self.attachment: Attachment | None = None
 
     async def adopt(self, attachment: Attachment) -> None:
@@ -108,10 +106,21 @@ class BlockDevices:
         self.attachment = attachment
         self._start_holder(attachment)
 
-    async def serve_again(self, client: ControlClient) -> None:
-        """Have a server that was started again serve the mount."""
-        if self.attachment is not None:
-            await self._attach_fuse(client)
+    async def join(self) -> None:
+        """Let holder, server and us all have the descriptor again, whichever was started anew.
+
+        Raises `EbbError` while one of them is not there; harmless to repeat.
+        """
+        holder, attachment = self._holder, self.attachment
+        if holder is None or attachment is None:
+            return
+        if self._kept is not None:
+            await in_thread(self._kept.give_to, attachment.holder_socket)
+        if self._server.client is not None:
+            await self._attach_fuse(self._server.client)
+        kept = await in_thread(_native.FuseDescriptor.copy_from, attachment.holder_socket)
+        if self._holder is holder:
+            self._kept = kept
 
     async def attach(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
         """Device path of each volume; those already attached stay. Raises `PrivilegeError`."""
@@ -160,7 +169,7 @@ class BlockDevices:
             self.attachment.devices = devices
         if not devices and self._holder is not None:
             await self._holder.unmount()
-            self._holder = None
+            self._holder = self._kept = None
             self.attachment = None
         return chosen
 
@@ -177,22 +186,17 @@ class BlockDevices:
             name=self._name,
             attachment=attachment,
             log=self._log_dir / f"holder-{self._name}.log",
-            reattach=lambda: asyncio.ensure_future(self._give_back()),
+            join=self.join,
         )
         self._holder.begin()
         return self._holder
-
-    async def _give_back(self) -> None:
-        """A new holder runs: the server gives it the descriptor."""
-        with contextlib.suppress(EbbError):
-            await self._attach_fuse(self._client())
 
     async def _drop_holder(self) -> None:
         if self._holder is not None:
             with contextlib.suppress(EbbError):
                 await self._holder.unmount()
             await self._holder.abandon()
-            self._holder = None
+            self._holder = self._kept = None
 
     def _client(self) -> ControlClient:
         if self._server.client is None:

@@ -55,7 +55,6 @@ class Supervisor(ABC):
         self.client: ControlClient | None = None
         self.pid = 0
         self.restarts = 0
-        self._serving = asyncio.Event()
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -70,7 +69,10 @@ class Supervisor(ABC):
         """Ask an answering process for its pid, and take note of its status."""
 
     async def serving(self, client: ControlClient) -> None:  # noqa: B027 (nothing to do is fine)
-        """Do what must follow whenever a process serves (again)."""
+        """Do what must follow whenever a process serves (again).
+
+        Repeated, the process living, until it succeeds: what it needs may come up later.
+        """
 
     def lost(self) -> None:  # noqa: B027 (nothing to do is fine)
         """Take note that the process is gone."""
@@ -106,16 +108,10 @@ class Supervisor(ABC):
                 await self._pause(RETRY_S[attempt])
                 continue
             began = time.monotonic()
-            try:
-                await self.serving(client)
-                self.failure = None
-                self.state = ProcessState.SERVING
-            except EbbError as error:
-                self._failed(error)
-            self._serving.set()
-            self._settled.set()
-            await self._until_gone(client, watch)
-            self._serving.clear()
+            async with asyncio.TaskGroup() as tasks:
+                serve = tasks.create_task(self._serve(client), name=f"serve {self.name}")
+                await self._until_gone(client, watch)
+                serve.cancel()
             self.lost()
             if self._stopping.is_set():
                 # Whoever stops us takes the client, also one of a restart that was under way.
@@ -128,6 +124,21 @@ class Supervisor(ABC):
             attempt = min(attempt + 1, len(RETRY_S) - 1) if young else 0
             if attempt > 1:
                 await self._pause(RETRY_S[attempt - 1])
+
+    async def _serve(self, client: ControlClient) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self.serving(client)
+            except EbbError as error:
+                self._failed(error)
+                attempt = min(attempt + 1, len(RETRY_S) - 1)
+                await self._pause(RETRY_S[attempt])
+            else:
+                self.failure = None
+                self.state = ProcessState.SERVING
+                self._settled.set()
+                return
 
     def _failed(self, error: EbbError) -> None:
         if self.failure is None or self.failure.message != error.message:

@@ -34,7 +34,6 @@ from ebbtide.source.volumes import prepare
 
 if TYPE_CHECKING:
     from ebbtide.config import Config
-    from ebbtide.control.client import ControlClient
     from ebbtide.control.state import Attachment, StateStore
     from ebbtide.rpc.peers import Dialer
     from ebbtide.security.keys import MasterKey
@@ -118,8 +117,8 @@ class SourceGroups:
     def _make(self, record: SourceRecord) -> Group:
         short = record.group[:SHORT_LEN]
 
-        async def reattach(client: ControlClient) -> None:
-            await group.devices.serve_again(client)
+        async def reattach() -> None:
+            await group.devices.join()
 
         tap = Tap(
             record,

@@ -38,7 +38,7 @@ class Tap(Supervisor):
         state_dir: Path,
         log: Path,
         unwrap: Callable[[SourceRecord], bytes],
-        reattach: Callable[[ControlClient], Awaitable[None]],
+        reattach: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(name=f"tap of {record.name}", socket=socket, log=log)
         self.nbd_unix = nbd_unix
@@ -89,7 +89,7 @@ class Tap(Supervisor):
         self._publish(response.log_end)
         if self._sampler is None:
             self._sampler = asyncio.create_task(self._sample(), name=f"sample {self.name}")
-        await self._reattach(client)
+        await self._reattach()
 
     def lost(self) -> None:
         if self._sampler is not None:

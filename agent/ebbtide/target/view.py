@@ -37,7 +37,7 @@ class ViewServer(Supervisor):
         cache_bytes: int,
         key: Callable[[], bytes],
         log_end: Callable[[], _native.LogEnd | None],
-        reattach: Callable[[ControlClient], Awaitable[None]],
+        reattach: Callable[[], Awaitable[None]],
         point: api.PointSpec | None = None,
     ) -> None:
         super().__init__(name=f"view {record.view}", socket=socket, log=log)
@@ -94,8 +94,8 @@ class ViewServer(Supervisor):
             self._record.open_took_us = int((time.monotonic() - self._began) * 1e6)
         return status.pid
 
-    async def serving(self, client: ControlClient) -> None:
-        await self._reattach(client)
+    async def serving(self, client: ControlClient) -> None:  # noqa: ARG002 (of the base class)
+        await self._reattach()
 
     async def refresh(self) -> pb.ViewStatus | None:
         """The status now; the last one known while the process is away."""

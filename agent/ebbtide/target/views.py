@@ -21,7 +21,6 @@ from ebbtide.target.view import ViewServer
 
 if TYPE_CHECKING:
     from ebbtide.config import Config
-    from ebbtide.control.client import ControlClient
     from ebbtide.control.state import Attachment, MountRecord, StateStore
     from ebbtide.rpc import agent_pb2 as api
     from ebbtide.target.journals import TargetGroup, TargetGroups
@@ -91,8 +90,8 @@ class Views:
             await view.devices.abandon()
 
     def _make(self, record: ViewRecord, group: TargetGroup, point: api.PointSpec | None) -> View:
-        async def reattach(client: ControlClient) -> None:
-            await view.devices.serve_again(client)
+        async def reattach() -> None:
+            await view.devices.join()
 
         short = short_of(record.view)
         server = ViewServer(

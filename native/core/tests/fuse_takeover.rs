@@ -1,6 +1,7 @@
 //! Incident: the server of a mounted file system is killed. Its successor takes the descriptor
 //! from the holder and the kernel sends it what the dead one had not answered: no I/O error,
-//! nothing that was flushed is lost. The same when the holder is killed.
+//! nothing that was flushed is lost. The same when the holder is killed, and when both are while a
+//! keeper (here the test, else the agent) has a duplicate of the descriptor.
 //!
 //! Needs root, /dev/fuse, loop devices and e2fsprogs; elsewhere each test says so and does nothing.
 //! The processes are those of the example `fuse_file`.
@@ -13,6 +14,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use ebbtide_core::server::HolderLink;
 
 /// The example's program, built now: `cargo test --test` alone would leave an old one.
 fn example() -> &'static Path {
@@ -268,6 +271,47 @@ fn killed_servers_and_holders_lose_nothing_that_was_flushed() {
     });
     assert!(count > 0);
     // From the medium, not from the page cache.
+    must("umount", &[&rig.path("fs")]);
+    let device = rig.device.clone().unwrap();
+    must("mount", &[&device, &rig.path("fs")]);
+    check_files(&directory, count);
+    rig.finish();
+}
+
+#[test]
+fn a_keepers_duplicate_carries_the_mount_over_the_death_of_server_and_holder() {
+    if !able() {
+        return;
+    }
+    let mut rig = Rig::new(256 << 20);
+    rig.mount();
+    let directory = PathBuf::from(rig.path("fs"));
+    let stop = AtomicBool::new(false);
+    let (mut rig, count) = std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
+        let mut rig = rig;
+        let writer = scope.spawn(|| write_files(&directory, &stop));
+        for round in 0..4 {
+            std::thread::sleep(Duration::from_millis(30));
+            let socket = PathBuf::from(rig.path("h"));
+            let kept = HolderLink::copy(&socket).unwrap();
+            if round % 2 == 0 {
+                Rig::kill(&mut rig.server);
+                Rig::kill(&mut rig.holder);
+            } else {
+                Rig::kill(&mut rig.holder);
+                Rig::kill(&mut rig.server);
+            }
+            rig.start_holder();
+            assert!(HolderLink::keep(&socket, &kept).unwrap().holding);
+            drop(kept);
+            rig.start_server();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        stop.store(true, Ordering::SeqCst);
+        (rig, writer.join().unwrap())
+    });
+    assert!(count > 0);
     must("umount", &[&rig.path("fs")]);
     let device = rig.device.clone().unwrap();
     must("mount", &[&device, &rig.path("fs")]);

@@ -31,7 +31,8 @@ mod _native {
     use super::position::PyLogEnd;
     #[pymodule_export]
     use super::process::{
-        forbid_core_files, holder_main, loop_attach, loop_detach, tap_main, view_main,
+        PyFuseDescriptor, forbid_core_files, holder_main, loop_attach, loop_detach, tap_main,
+        view_main,
     };
 
     /// What a panic of native code becomes.

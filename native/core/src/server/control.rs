@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{FlockOperation, flock};
 
 use super::failure::Failure;
 use super::proto::request::Verb;
@@ -119,6 +120,9 @@ struct Client {
 }
 
 /// Binds a unix socket for us alone. A socket file that nobody listens on is replaced.
+///
+/// Two servers may start at once, such as one of a killed agent and one of its successor: without
+/// the lock one could take the socket away that the other has just bound.
 pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
     if path.as_os_str().len() > 107 {
         return Err(Failure::config(format!(
@@ -126,6 +130,10 @@ pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
             path.display()
         )));
     }
+    let failed = |error: &io::Error| Failure::io(&format!("listen on {}", path.display()), error);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let turn = std::fs::File::open(directory).map_err(|error| failed(&error))?;
+    flock(&turn, FlockOperation::LockExclusive).map_err(|error| failed(&error.into()))?;
     let is_socket =
         std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket {
@@ -143,7 +151,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
-    bound.map_err(|error| Failure::io(&format!("listen on {}", path.display()), &error))
+    bound.map_err(|error| failed(&error))
 }
 
 impl ControlServer {
@@ -376,4 +384,35 @@ fn watch(
     };
     let builder = std::thread::Builder::new().name("control-events".into());
     builder.stack_size(STACK_BYTES).spawn(follow).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn of_servers_that_start_at_once_one_has_the_socket_and_keeps_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        for round in 0..200 {
+            // What a killed server left.
+            drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(4);
+            let listeners: Vec<UnixListener> = std::thread::scope(|scope| {
+                let one = || {
+                    start.wait();
+                    listen(&path).ok()
+                };
+                let threads = [(); 4].map(|()| scope.spawn(one));
+                threads
+                    .into_iter()
+                    .filter_map(|thread| thread.join().unwrap())
+                    .collect()
+            });
+            assert_eq!(listeners.len(), 1, "round {round}");
+            assert!(UnixStream::connect(&path).is_ok(), "round {round}");
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
 }

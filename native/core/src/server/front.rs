@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -51,6 +52,8 @@ pub(super) fn listen_nbd(
 pub struct FuseFront {
     files: Vec<(String, Arc<dyn BlockDevice>)>,
     serving: Mutex<Option<Serving>>,
+    /// Set for good under the lock of `serving`.
+    stopped: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -66,6 +69,7 @@ impl FuseFront {
         Self {
             files,
             serving: Mutex::new(None),
+            stopped: AtomicBool::new(false),
         }
     }
 
@@ -73,6 +77,14 @@ impl FuseFront {
     /// one whose holder died, gives it that. Returns the holder's status.
     pub fn attach(&self, socket: &Path) -> Result<HolderStatus, Failure> {
         let mut serving = self.serving.lock();
+        // The devices end after us and would answer with errors what a successor can do.
+        if self.stopped.load(Ordering::SeqCst) {
+            return Err(Failure::state(
+                "stopping",
+                "this server is about to end and serves no mount any more",
+                "its successor will",
+            ));
+        }
         if let Some(current) = serving.as_mut().filter(|current| !current.server.ended()) {
             if !current.link.is_alive() {
                 let descriptor = current.server.descriptor();
@@ -126,6 +138,22 @@ impl FuseFront {
 
     /// Answers what was read and serves no more; what comes waits for a successor.
     pub fn stop(&self) {
-        *self.serving.lock() = None;
+        let mut serving = self.serving.lock();
+        self.stopped.store(true, Ordering::SeqCst);
+        *serving = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_stops_does_not_take_a_mount_again() {
+        let front = FuseFront::new(Vec::new());
+        let nobody = Path::new("/nonexistent/holder");
+        assert_ne!(front.attach(nobody).unwrap_err().code, "stopping");
+        front.stop();
+        assert_eq!(front.attach(nobody).unwrap_err().code, "stopping");
     }
 }

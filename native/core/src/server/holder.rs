@@ -4,14 +4,16 @@
 //! One connection at a time is the server's. It ends with the server's process, and not before the
 //! last thread of that process has ended (descriptors are closed then): so a successor never serves
 //! beside a dying predecessor. If the holder dies, the server keeps the descriptor and gives it to
-//! the next holder; only if both are gone at once is the mount dead.
+//! the next holder. A keeper (the agent) has a duplicate too, which it never reads, and gives it to
+//! a holder that was started after both had died: only if all three are gone is the mount dead.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use prost::Message;
 
 use super::control::{Call, ControlServer, Handler, Reply, listen};
@@ -23,6 +25,11 @@ use super::proto::{HolderLaunch, HolderRequest, HolderStatus, Request, Response}
 use super::run::{Exit, Signals, finish, report_ready};
 use super::{memory, wire};
 use crate::fuse::mount::{self, Found};
+
+/// A successor may come before the thread of its predecessor's connection has seen the end of that.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(2);
+/// A holder that does not answer for so long hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs a holder until it is told to stop. `launch` is an encoded `HolderLaunch`.
 pub fn holder_main(launch: &[u8]) -> i32 {
@@ -59,12 +66,16 @@ struct Holder {
     mountpoint: PathBuf,
     exit: Exit,
     state: Mutex<State>,
+    /// The server's connection has ended.
+    left: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// None: a server that outlived the last holder has it and will give it back.
+    /// None: a server or keeper that outlived the last holder has it and will give it back.
     descriptor: Option<OwnedFd>,
+    /// The descriptor came from a keeper: the server, if it lives, has yet to say so.
+    kept: bool,
     initialized: bool,
     handed_out: bool,
     /// Connection of the server that has the descriptor now.
@@ -110,11 +121,15 @@ impl Holder {
             mountpoint,
             exit: exit.clone(),
             state: Mutex::new(state),
+            left: Condvar::new(),
         })
     }
 
     fn status(&self) -> HolderStatus {
-        let state = self.state.lock();
+        self.status_in(&self.state.lock())
+    }
+
+    fn status_in(&self, state: &State) -> HolderStatus {
         HolderStatus {
             initialized: state.initialized,
             mountpoint: self.mountpoint.to_string_lossy().into_owned(),
@@ -130,16 +145,30 @@ impl Holder {
     }
 
     fn take(&self, connection: u64) -> Result<Reply, Failure> {
-        // The status before this taking: whether someone had the descriptor earlier.
-        let mut reply = self.reply();
         let mut state = self.state.lock();
-        if state.server.is_some_and(|server| server != connection) {
-            return Err(Failure::state(
-                "in-use",
-                format!("{} is served by another process", self.mountpoint.display()),
-                "stop that server first",
-            ));
+        let deadline = Instant::now() + PREDECESSOR_TIMEOUT;
+        while state.server.is_some_and(|server| server != connection) {
+            if self.left.wait_until(&mut state, deadline).timed_out() {
+                return Err(self.served_by_another());
+            }
         }
+        // The status before this taking: whether someone had the descriptor earlier.
+        let reply = self.duplicate(&state)?;
+        state.server = Some(connection);
+        state.handed_out = true;
+        Ok(reply)
+    }
+
+    fn served_by_another(&self) -> Failure {
+        Failure::state(
+            "in-use",
+            format!("{} is served by another process", self.mountpoint.display()),
+            "stop that server first",
+        )
+    }
+
+    /// The status, and a duplicate of the descriptor beside it.
+    fn duplicate(&self, state: &State) -> Result<Reply, Failure> {
         let Some(descriptor) = &state.descriptor else {
             return Err(Failure::state(
                 "not-held",
@@ -148,10 +177,9 @@ impl Holder {
             ));
         };
         let copy = descriptor.try_clone();
-        reply.descriptor =
-            Some(copy.map_err(|error| Failure::io("duplicate the descriptor", &error))?);
-        state.server = Some(connection);
-        state.handed_out = true;
+        let copy = copy.map_err(|error| Failure::io("duplicate the descriptor", &error))?;
+        let mut reply = Reply::new(Outcome::HolderStatus(self.status_in(state)));
+        reply.descriptor = Some(copy);
         Ok(reply)
     }
 
@@ -160,19 +188,40 @@ impl Holder {
             return Err(Failure::usage("VERB_GIVE came without a descriptor"));
         };
         let mut state = self.state.lock();
-        if state.descriptor.is_some() {
+        if state.descriptor.is_some() && !state.kept {
             return Err(Failure::state(
                 "in-use",
                 "this holder has a mount of its own",
                 "the descriptor belongs to a mount that is gone; start the server anew",
             ));
         }
+        if state.server.is_some_and(|server| server != call.connection) {
+            return Err(self.served_by_another());
+        }
         *state = State {
             descriptor: Some(descriptor),
+            kept: false,
             initialized: true,
             handed_out: true,
             server: Some(call.connection),
         };
+        drop(state);
+        Ok(self.reply())
+    }
+
+    /// A keeper offers its duplicate. Who has the descriptor needs no other: its own mount's, or
+    /// what a server gave back.
+    fn keep(&self, call: Call) -> Result<Reply, Failure> {
+        let Some(descriptor) = call.descriptor else {
+            return Err(Failure::usage("VERB_KEEP came without a descriptor"));
+        };
+        let mut state = self.state.lock();
+        if state.descriptor.is_none() {
+            state.descriptor = Some(descriptor);
+            state.kept = true;
+            // A server may have read requests: the next has them sent again.
+            state.handed_out = true;
+        }
         drop(state);
         Ok(self.reply())
     }
@@ -198,6 +247,8 @@ impl Handler for Holder {
             Verb::Holder(request) => match request.verb() {
                 HolderVerb::Take => self.take(call.connection),
                 HolderVerb::Give => self.take_back(call),
+                HolderVerb::Copy => self.duplicate(&self.state.lock()),
+                HolderVerb::Keep => self.keep(call),
                 HolderVerb::Initialized => {
                     let mut state = self.state.lock();
                     if state.server != Some(call.connection) {
@@ -217,6 +268,7 @@ impl Handler for Holder {
         let mut state = self.state.lock();
         if state.server == Some(connection) {
             state.server = None;
+            self.left.notify_all();
         }
     }
 }
@@ -238,6 +290,9 @@ impl HolderLink {
                 &error,
             )
         })?;
+        stream
+            .set_read_timeout(Some(ANSWER_TIMEOUT))
+            .map_err(|error| Failure::io("talk to the holder", &error))?;
         Ok(Self {
             stream,
             next_id: 1,
@@ -289,6 +344,18 @@ impl HolderLink {
         Ok((link, status))
     }
 
+    /// A duplicate for a keeper, which must neither read nor write it.
+    pub fn copy(socket: &Path) -> Result<OwnedFd, Failure> {
+        let (_, descriptor) = Self::connect(socket)?.call(HolderVerb::Copy, None)?;
+        descriptor.ok_or_else(|| Failure::usage("the holder sent no descriptor"))
+    }
+
+    /// Offers a keeper's duplicate to a holder, which takes it if it has none.
+    pub fn keep(socket: &Path, descriptor: &OwnedFd) -> Result<HolderStatus, Failure> {
+        let (status, _) = Self::connect(socket)?.call(HolderVerb::Keep, Some(descriptor))?;
+        Ok(status)
+    }
+
     /// Tells the holder that INIT was answered.
     pub fn initialized(&mut self) -> Result<HolderStatus, Failure> {
         Ok(self.call(HolderVerb::Initialized, None)?.0)
@@ -302,5 +369,101 @@ impl HolderLink {
         // The holder sends nothing unasked: readable means ended.
         rustix::net::recv(&self.stream, &mut byte, flags)
             .is_err_and(|error| error == rustix::io::Errno::AGAIN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A holder of something that stands for a mount's descriptor, or of none.
+    fn holder(descriptor: Option<OwnedFd>) -> Holder {
+        Holder {
+            mountpoint: "/mountpoint".into(),
+            exit: Exit::new().unwrap(),
+            state: Mutex::new(State {
+                descriptor,
+                ..State::default()
+            }),
+            left: Condvar::new(),
+        }
+    }
+
+    fn descriptor() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    fn ask(
+        holder: &Holder,
+        connection: u64,
+        verb: HolderVerb,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<(HolderStatus, bool), &'static str> {
+        let verb = Verb::Holder(HolderRequest { verb: verb.into() });
+        let call = Call {
+            verb,
+            connection,
+            descriptor,
+        };
+        let reply = holder.handle(call).map_err(|failure| failure.code)?;
+        let Outcome::HolderStatus(status) = reply.outcome else {
+            panic!("{reply:?}");
+        };
+        Ok((status, reply.descriptor.is_some()))
+    }
+
+    #[test]
+    fn a_successor_is_not_refused_because_its_predecessors_end_was_not_seen_yet() {
+        let holder = holder(Some(descriptor()));
+        ask(&holder, 1, HolderVerb::Take, None).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                holder.closed(1);
+            });
+            let (status, handed) = ask(&holder, 2, HolderVerb::Take, None).unwrap();
+            assert!(status.handed_out && handed);
+        });
+        // One that lives is not robbed.
+        assert_eq!(
+            ask(&holder, 3, HolderVerb::Take, None).unwrap_err(),
+            "in-use"
+        );
+    }
+
+    #[test]
+    fn a_keepers_duplicate_serves_when_server_and_holder_are_gone() {
+        let holder = holder(None);
+        for verb in [HolderVerb::Take, HolderVerb::Copy] {
+            assert_eq!(ask(&holder, 1, verb, None).unwrap_err(), "not-held");
+        }
+        let (status, _) = ask(&holder, 2, HolderVerb::Keep, Some(descriptor())).unwrap();
+        assert!(status.holding && !status.served);
+        let (_, handed) = ask(&holder, 3, HolderVerb::Copy, None).unwrap();
+        assert!(handed);
+        // The next server has the requests of the dead one sent again.
+        let (status, handed) = ask(&holder, 4, HolderVerb::Take, None).unwrap();
+        assert!(status.handed_out && handed);
+    }
+
+    #[test]
+    fn a_server_that_lives_gives_back_what_the_keeper_already_gave() {
+        let holder = holder(None);
+        ask(&holder, 1, HolderVerb::Keep, Some(descriptor())).unwrap();
+        let (status, _) = ask(&holder, 2, HolderVerb::Give, Some(descriptor())).unwrap();
+        assert!(status.holding && status.served);
+        assert_eq!(
+            ask(&holder, 3, HolderVerb::Take, None).unwrap_err(),
+            "in-use"
+        );
+    }
+
+    #[test]
+    fn a_mount_of_its_own_is_not_replaced_by_one_that_is_gone() {
+        let holder = holder(Some(descriptor()));
+        let (status, _) = ask(&holder, 1, HolderVerb::Keep, Some(descriptor())).unwrap();
+        assert!(!status.handed_out);
+        let refused = ask(&holder, 2, HolderVerb::Give, Some(descriptor()));
+        assert_eq!(refused.unwrap_err(), "in-use");
     }
 }
