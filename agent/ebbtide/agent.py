@@ -18,9 +18,10 @@ import uvloop
 
 from ebbtide import _native
 from ebbtide.config import load_config
+from ebbtide.control.history import find_log
 from ebbtide.control.names import SHORT_LEN
 from ebbtide.control.state import StateStore
-from ebbtide.errors import ConfigError, PrivilegeError, RefusedError
+from ebbtide.errors import ConfigError, NotFoundError, PrivilegeError, RefusedError
 from ebbtide.rpc import agent_pb2_grpc
 from ebbtide.rpc.failure import from_native
 from ebbtide.rpc.peers import Dialer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ebbtide.config import Config
+    from ebbtide.control.history import GroupLog
 
 #: Calls that run when the agent ends get this long.
 GRACE_S = 2.0
@@ -67,10 +69,22 @@ class AgentProcess:
             site=self.identity.certificate.site,
         )
         self.targets = TargetGroups(config=config, state=state, master=self.master)
-        self.views = Views(config=config, state=state, groups=self.targets)
+        self.views = Views(config=config, state=state, find_log=self.find_log)
         self.receiver = Receiver(self.targets, config.ship.window_bytes)
         self._log = structlog.get_logger()
         self._servers: list[grpc.aio.Server] = []
+
+    def find_log(self, name: str) -> GroupLog:
+        """The log that holds a group's history here. Raises `NotFoundError`, `UsageError`."""
+        logs = [*self.targets.logs(), *self.sources.logs()]
+        if self.sources.has(name) and not any(name in {log.name, log.group} for log in logs):
+            peer = self.sources.find(name).record.target_peer
+            raise NotFoundError(
+                f"the history of '{name}' is kept by its target, {peer}",
+                code="unknown-group",
+                hint=f"ask that agent: --agent {peer}",
+            )
+        return find_log(logs, name)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -80,8 +94,8 @@ class AgentProcess:
             loop.add_signal_handler(number, ending.set)
         try:
             await self.targets.begin()
-            await self.views.begin()
             await self.sources.begin()
+            await self.views.begin()
             await self._listen()
             self._log.info("agent serves", name=self.config.agent.name, listen=self.listening)
             await ending.wait()

@@ -61,6 +61,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         targets = [g for g in agent.targets.all() if _called(g, name)]
         if name and not sources and not targets:
             agent.targets.find(name)
+        groups = {g.record.group for g in sources} | {g.record.group for g in targets}
         return api.AgentStatus(
             name=agent.config.agent.name,
             version=agent.version,
@@ -74,7 +75,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             views=[
                 await status.view(view)
                 for view in agent.views.all()
-                if not name or view.group in targets
+                if not name or view.record.group in groups
             ],
             fingerprint=agent.identity.certificate.fingerprint,
             listen=agent.listening,
@@ -104,7 +105,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> api.UnprotectResult:
         agent = self._agent
         if agent.sources.has(request.group):
-            return await agent.sources.unprotect(request)
+            source = agent.sources.find(request.group)
+            if agent.views.of(source.record.group):
+                raise RefusedError(
+                    f"views of group '{source.record.name}' are open",
+                    code="in-use",
+                    hint="close them first: 'ebb view list'",
+                )
+            return await agent.sources.unprotect(request, keep=agent.targets.keep)
         group = agent.targets.find(request.group)
         if request.history != api.UnprotectRequest.HISTORY_DROP:
             raise RefusedError(
@@ -118,7 +126,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 hint="unprotect the group at its source, or use --force",
             )
         directory = await agent.targets.withdraw(
-            group, drop=True, in_use=bool(agent.views.of(group))
+            group, drop=True, in_use=bool(agent.views.of(group.record.group))
         )
         return api.UnprotectResult(dropped=[directory])
 
@@ -168,33 +176,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     @answers
     async def Points(self, request: api.PointsRequest, context: Context) -> api.PointsResult:
-        agent = self._agent
-        if not agent.targets.has(request.group) and agent.sources.has(request.group):
-            source = agent.sources.find(request.group)
-            if source.record.target_peer:
-                raise _elsewhere(source)
-            return await history.points(
-                source.record.spool_dir,
-                source.record.group_id,
-                source.record.name,
-                source.tap.end,
-                request,
-            )
-        group = agent.targets.find(request.group)
-        return await history.points(
-            group.record.journal_dir,
-            group.record.group_id,
-            group.record.name,
-            group.journal.appended,
-            request,
-        )
+        return await history.points(self._agent.find_log(request.group), request)
 
     @answers
     async def OpenView(self, request: api.OpenViewRequest, context: Context) -> api.View:
-        agent = self._agent
-        if not agent.targets.has(request.group) and agent.sources.has(request.group):
-            raise _elsewhere(agent.sources.find(request.group))
-        return await status.view(await agent.views.open(request))
+        return await status.view(await self._agent.views.open(request))
 
     @answers
     async def ListViews(
@@ -203,7 +189,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         agent = self._agent
         chosen = agent.views.all()
         if request.group:
-            chosen = agent.views.of(agent.targets.find(request.group))
+            chosen = agent.views.of(agent.find_log(request.group).group)
         return api.ListViewsResult(views=[await status.view(view) for view in chosen])
 
     @answers
@@ -238,17 +224,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: api.RestoreRequest, context: Context
     ) -> AsyncIterator[api.RestoreProgress]:
         agent = self._agent
-        if not agent.targets.has(request.group) and agent.sources.has(request.group):
-            raise _elsewhere(agent.sources.find(request.group))
-        group = agent.targets.find(request.group)
-        async for progress in history.restore(
-            group.record.journal_dir,
-            group.record.group_id,
-            agent.targets.key(group),
-            group.journal.appended,
-            request,
-            agent.config.target.view_cache_bytes,
-        ):
+        log = agent.find_log(request.group)
+        async for progress in history.restore(log, request, agent.config.target.view_cache_bytes):
             yield progress
 
     @answers
@@ -297,7 +274,7 @@ class ReplicationService:
         targets = self._agent.targets
         group = targets.of_source(request.group, self._peer(context))
         directory = await targets.withdraw(
-            group, drop=request.drop, in_use=bool(self._agent.views.of(group))
+            group, drop=request.drop, in_use=bool(self._agent.views.of(group.record.group))
         )
         return pb.WithdrawResult(journal_dir=directory, dropped=request.drop)
 
@@ -335,12 +312,3 @@ def _attached(devices: dict[str, str]) -> list[api.AttachedDevice]:
         api.AttachedDevice(volume=volume, device=device, method=api.ATTACH_METHOD_FUSE_LOOP)
         for volume, device in devices.items()
     ]
-
-
-def _elsewhere(source: Group) -> NotFoundError:
-    peer = source.record.target_peer or "no target"
-    return NotFoundError(
-        f"the history of '{source.record.name}' is kept by its target, {peer}",
-        code="unknown-group",
-        hint=f"ask that agent: --agent {peer}" if source.record.target_peer else "",
-    )

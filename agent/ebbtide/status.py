@@ -111,6 +111,8 @@ async def source_group(group: Group) -> api.SourceGroup:
     if group.shipper is not None:
         message.shipping.CopyFrom(_shipping(group.shipper, tap, record.durable_seq))
         message.notices.extend(group.shipper.notices)
+    if group.index is not None and group.index.error:
+        message.notices.append(f"history is not indexed, views open slower: {group.index.error}")
     return message
 
 
@@ -197,8 +199,8 @@ async def view(open_view: View) -> api.View:
     status = await server.refresh()
     message = api.View(
         id=record.view,
-        group=open_view.group.record.group_id,
-        group_name=open_view.group.record.name,
+        group=open_view.log.group_id,
+        group_name=open_view.log.name,
         seq=record.seq,
         time_us=record.time_us,
         writable=bool(record.overlay_dir),

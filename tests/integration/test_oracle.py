@@ -87,7 +87,7 @@ def times_of_writes(stack: Stack, model: Model, first_seq: int) -> list[int]:
 
     Records before `first_seq` are the first copy.
     """
-    result = stack.target.stub.Points(
+    result = stack.history.stub.Points(
         agent_pb2.PointsRequest(group="ward", writes=True, limit=100_000)
     )
     kinds = {"write": "write", "zero": "zero", "trim": "discard"}
@@ -119,11 +119,12 @@ def compare(stack: Stack, model: Model, at_us: int, count: int, *, exact: bool =
             assert found == expected[volume.name], f"{volume.name} at {at_us} after {count} writes"
 
 
+@pytest.mark.parametrize("local", [False, True], ids=["at-the-target", "without-a-target"])
 def test_views_equal_the_model_at_any_microsecond(
-    tmp_path: Path, rng: random.Random, rounds: Callable[[int], int]
+    tmp_path: Path, rng: random.Random, rounds: Callable[[int], int], local: bool
 ) -> None:
     model = Model(SIZES)
-    with Stack.run(tmp_path) as stack:
+    with Stack.run(tmp_path, local=local) as stack:
         stack.protect("ward", SIZES)
         first_seq = stack.source.source("ward").tap.last_seq + 1
         play(stack, model, rng)

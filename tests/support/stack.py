@@ -186,6 +186,8 @@ class Stack:
     directory: Path
     source: Host
     target: Host
+    #: Groups are protected without a target: the source keeps their history.
+    local: bool = False
 
     @classmethod
     @contextlib.contextmanager
@@ -196,6 +198,7 @@ class Stack:
         source: str = "",
         target: str = "",
         source_prefix: list[str] | None = None,
+        local: bool = False,
     ) -> Iterator[Stack]:
         """Start both; end everything at the end.
 
@@ -206,6 +209,7 @@ class Stack:
             directory,
             Host("source", directory / "source", free_port(), source_prefix or []),
             Host("target", directory / "target", free_port()),
+            local,
         )
         stack.source.lay_out(extra=source)
         stack.target.lay_out(extra=target)
@@ -247,6 +251,11 @@ class Stack:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
+    @property
+    def history(self) -> Host:
+        """The host that keeps history."""
+        return self.source if self.local else self.target
+
     def protect(self, group: str, sizes: dict[str, int], **options: Any) -> agent_pb2.SourceGroup:
         """Protect new, empty image files and wait for their first copy, which is one record each.
 
@@ -255,7 +264,7 @@ class Stack:
         made = self.source.stub.Protect(
             agent_pb2.ProtectRequest(
                 name=group,
-                target_peer=self.target.name,
+                target_peer="" if self.local else self.target.name,
                 volumes=[
                     agent_pb2.ProtectVolume(
                         name=name,
@@ -284,22 +293,24 @@ class Stack:
         return next(one.nbd_uri for one in found.volumes if one.name == volume)
 
     def wait_durable(self, group: str, within_s: float = 60) -> int:
-        """Wait until the target holds everything the tap has recorded; return that seq."""
+        """Wait until history holds everything the tap has recorded; return that seq."""
         wanted = self.source.source(group).tap.last_seq
 
         def durable() -> bool:
             with contextlib.suppress(grpc.RpcError, StopIteration):
+                if self.local:
+                    return self.source.source(group).tap.spooled_seq >= wanted
                 return self.target.target(group).durable_seq >= wanted
             return False
 
-        eventually(durable, within_s, f"seq {wanted} is durable at the target")
+        eventually(durable, within_s, f"history holds seq {wanted}")
         return int(wanted)
 
     @contextlib.contextmanager
     def view(self, group: str, **point: Any) -> Iterator[agent_pb2.View]:
-        """Open a view at the target; `at_time_us`, `at_seq`, `bookmark`, `exact`, `writable`."""
+        """Open a view where history is; `at_time_us`, `at_seq`, `bookmark`, `exact`, `writable`."""
         writable = point.pop("writable", False)
-        view = self.target.stub.OpenView(
+        view = self.history.stub.OpenView(
             agent_pb2.OpenViewRequest(
                 group=group, point=agent_pb2.PointSpec(**point), writable=writable
             ),
@@ -308,4 +319,4 @@ class Stack:
         try:
             yield view
         finally:
-            self.target.stub.CloseView(agent_pb2.CloseViewRequest(view=view.id, force=True))
+            self.history.stub.CloseView(agent_pb2.CloseViewRequest(view=view.id, force=True))

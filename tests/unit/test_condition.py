@@ -99,8 +99,13 @@ def test_a_filling_spool_warns() -> None:
 
 @pytest.mark.parametrize("state", TargetGroup.State.values())
 def test_every_state_of_a_target(state: TargetGroup.State.ValueType) -> None:
-    (condition,) = of_target(TargetGroup(state=state))
+    (condition,) = of_target(TargetGroup(state=state, source_peer="his"))
     assert (condition.level is Level.OK) == (state == TargetGroup.STATE_RECEIVING)
+
+
+def test_history_of_a_group_that_was_protected_here_waits_for_nobody() -> None:
+    (condition,) = of_target(TargetGroup(state=TargetGroup.STATE_WAITING))
+    assert (condition.word, condition.level) == ("kept", Level.OK)
 
 
 @pytest.mark.parametrize("state", View.State.values())

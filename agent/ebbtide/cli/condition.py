@@ -132,7 +132,8 @@ def _of_spool(group: SourceGroup) -> list[Condition]:
     if not limit or group.tap.spool_bytes < SPOOL_WARN * limit:
         return []
     share = 100.0 * group.tap.spool_bytes / limit
-    return [_warn("spool-filling", f"spool {share:.0f} % full; at 100 % history gets a gap")]
+    end = "gets a gap" if group.HasField("shipping") else "ends"
+    return [_warn("spool-filling", f"spool {share:.0f} % full; at 100 % history {end}")]
 
 
 def of_target(group: TargetGroup) -> list[Condition]:
@@ -142,6 +143,8 @@ def of_target(group: TargetGroup) -> list[Condition]:
         case TargetGroup.STATE_RECEIVING:
             return [_ok("receiving", f"receiving from {group.source_peer}")]
         case TargetGroup.STATE_WAITING:
+            if not group.source_peer:
+                return [_ok("kept", "was protected here; history does not grow")]
             return [_warn("waiting", f"no source is connected{detail}")]
         case TargetGroup.STATE_PAUSED:
             return [_fail("paused", f"takes nothing now{detail}")]

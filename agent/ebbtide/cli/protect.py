@@ -102,7 +102,10 @@ def protect(
         str, typer.Option("--nbd-tcp", metavar="ADDRESS:PORT", help="Serve NBD over TCP too.")
     ] = "",
 ) -> None:
-    """Record every write to these volumes from now on, and ship it to the target."""
+    """Record every write to these volumes from now on, and ship it to the target.
+
+    Without --to history is kept in the spool of this host, and only until that is full.
+    """
     request = agent_pb2.ProtectRequest(
         name=group,
         target_peer=to,
@@ -124,8 +127,11 @@ def protect(
         session.out.say(f"  {volume.name}  {format_size(volume.size)}  {volume.backing}")
         session.out.say(f"    {volume.nbd_uri}")
     if not to:
-        session.out.say("  [yellow]no target was named (--to PEER)[/]: writes are recorded in the")
-        session.out.say("  spool, but views of a spool cannot be opened yet")
+        limit = format_size(made.spool_bytes_max)
+        session.out.say(
+            "  [yellow]no target was named (--to PEER)[/]: history is kept on this host"
+        )
+        session.out.say(f"  alone, in the spool, and ends when that is full ({limit})")
     session.out.say(f"next: ebb attach {made.name}   (a block device that records)")
     session.out.say(f"      ebb status {made.name} --watch")
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ import grpc
 import structlog
 
 from ebbtide.control.devices import BlockDevices
+from ebbtide.control.history import GroupLog
 from ebbtide.control.names import SHORT_LEN, check_name
-from ebbtide.control.state import SourceRecord
+from ebbtide.control.state import SourceRecord, TargetRecord
 from ebbtide.errors import (
     EbbError,
     NotFoundError,
@@ -28,11 +30,14 @@ from ebbtide.rpc import agent_pb2 as api
 from ebbtide.rpc import control_pb2, replication_pb2, replication_pb2_grpc
 from ebbtide.rpc.failure import from_rpc
 from ebbtide.security.keys import new_group_key
+from ebbtide.source.local_index import LocalIndex
 from ebbtide.source.shipper import Shipper
 from ebbtide.source.tap import Tap
 from ebbtide.source.volumes import prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ebbtide.config import Config
     from ebbtide.control.state import Attachment, StateStore
     from ebbtide.rpc.peers import Dialer
@@ -47,12 +52,27 @@ SUITES = {0: 1, 1: 1, 2: 2}
 
 @dataclass(slots=True, kw_only=True)
 class Group:
-    """One running group."""
+    """One running group. It has a target and a shipper, or it is its own history."""
 
     record: SourceRecord
     tap: Tap
     devices: BlockDevices
     shipper: Shipper | None
+    index: LocalIndex | None
+
+    def begin(self) -> None:
+        """Start what feeds on the tap."""
+        if self.shipper is not None:
+            self.shipper.begin()
+        if self.index is not None:
+            self.index.begin()
+
+    async def end(self) -> None:
+        """Stop what feeds on the tap."""
+        if self.shipper is not None:
+            await self.shipper.end()
+        if self.index is not None:
+            await self.index.end()
 
 
 class SourceGroups:
@@ -92,6 +112,24 @@ class SourceGroups:
     def has(self, name: str) -> bool:
         return any(name in {g.record.name, g.record.group} for g in self._groups.values())
 
+    def logs(self) -> list[GroupLog]:
+        """The spools that are history themselves: those of groups without a target."""
+        return [
+            GroupLog(
+                group=group.record.group,
+                name=group.record.name,
+                directory=group.record.spool_dir,
+                key=partial(self._unwrap, group.record),
+                end=group.tap.end_now,
+                failure=lambda: None,
+            )
+            for group in self._groups.values()
+            if not group.record.target_peer
+        ]
+
+    def _unwrap(self, record: SourceRecord) -> bytes:
+        return self._master.unwrap(bytes.fromhex(record.wrapped_key), record.group_id)
+
     # Life
 
     async def begin(self) -> None:
@@ -105,8 +143,7 @@ class SourceGroups:
     async def abandon(self) -> None:
         """End what is ours; taps and holders run on."""
         for group in self._groups.values():
-            if group.shipper is not None:
-                await group.shipper.end()
+            await group.end()
             await group.tap.abandon()
             await group.devices.abandon()
         if self._saving is not None:
@@ -126,9 +163,7 @@ class SourceGroups:
             nbd_unix=self._run_dir / f"n-{short}.sock",
             state_dir=self._tap_dir / record.group,
             log=self._log_dir / f"tap-{short}.log",
-            unwrap=lambda record: self._master.unwrap(
-                bytes.fromhex(record.wrapped_key), record.group_id
-            ),
+            unwrap=self._unwrap,
             reattach=reattach,
         )
         group = Group(
@@ -138,6 +173,7 @@ class SourceGroups:
                 name=short, server=tap, run_dir=self._run_dir, log_dir=self._log_dir
             ),
             shipper=self._shipper(record, tap) if record.target_peer else None,
+            index=None if record.target_peer else LocalIndex(record, tap),
         )
         return group
 
@@ -156,8 +192,7 @@ class SourceGroups:
     def _run(self, group: Group) -> None:
         self._groups[group.record.group] = group
         group.tap.begin()
-        if group.shipper is not None:
-            group.shipper.begin()
+        group.begin()
 
     def _save_soon(self) -> None:
         """Positions in the state are hints: lost ones are learnt from the target again."""
@@ -226,8 +261,7 @@ class SourceGroups:
             await self._undo(record, made, offered=offered)
             raise
         self._groups[record.group] = group
-        if group.shipper is not None:
-            group.shipper.begin()
+        group.begin()
         self._log.info("protected", group=record.name, volumes=len(volumes))
         return group
 
@@ -281,12 +315,22 @@ class SourceGroups:
 
     # Unprotect
 
-    async def unprotect(self, request: api.UnprotectRequest) -> api.UnprotectResult:
-        """Stop a group's tap. History is kept or dropped as asked, never silently."""
-        async with self._changing:
-            return await self._unprotect(request)
+    async def unprotect(
+        self,
+        request: api.UnprotectRequest,
+        *,
+        keep: Callable[[TargetRecord], Awaitable[None]],
+    ) -> api.UnprotectResult:
+        """Stop a group's tap. History is kept or dropped as asked, never silently.
 
-    async def _unprotect(self, request: api.UnprotectRequest) -> api.UnprotectResult:
+        `keep` takes over a log that only this host has. No view of the group is open.
+        """
+        async with self._changing:
+            return await self._unprotect(request, keep)
+
+    async def _unprotect(
+        self, request: api.UnprotectRequest, keep: Callable[[TargetRecord], Awaitable[None]]
+    ) -> api.UnprotectResult:
         group = self.find(request.group)
         record = group.record
         if request.history == api.UnprotectRequest.HISTORY_UNSPECIFIED:
@@ -314,8 +358,7 @@ class SourceGroups:
         await self.detach(group, [volume.name for volume in record.volumes])
         await group.tap.stop()
         shipped = await self._drain(group) if record.target_peer and not drop else False
-        if group.shipper is not None:
-            await group.shipper.end()
+        await group.end()
         if record.target_peer and not drop:
             with contextlib.suppress(EbbError):
                 answer = await self._withdraw(record, drop=False)
@@ -329,6 +372,9 @@ class SourceGroups:
         await asyncio.to_thread(shutil.rmtree, self._tap_dir / record.group, ignore_errors=True)
         del self._groups[record.group]
         del self._state.value.sources[record.group]
+        if not record.target_peer and not drop:
+            # Its key lives on only in the record.
+            await keep(_kept(record))
         await self._state.save()
         self._log.info("unprotected", group=record.name, dropped=drop, shipped=shipped)
         return result
@@ -374,3 +420,17 @@ class SourceGroups:
             control_pb2.Request(bookmark=control_pb2.BookmarkRequest(label=label))
         )
         return response.bookmark
+
+
+def _kept(record: SourceRecord) -> TargetRecord:
+    """The record of a group whose only log stays when its tap has gone."""
+    return TargetRecord(
+        group=record.group,
+        name=record.name,
+        suite=record.suite,
+        wrapped_key=record.wrapped_key,
+        source_peer="",
+        journal_dir=record.spool_dir,
+        promised_counter=record.generation_counter,
+        promised_site=record.generation_site,
+    )

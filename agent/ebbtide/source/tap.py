@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,13 @@ class Tap(Supervisor):
     def appended_bytes(self) -> int:
         """Sealed bytes that ever were in the spool, as far as this agent saw; it only grows."""
         return self._trimmed_bytes + (self.end.total_bytes if self.end else 0)
+
+    async def end_now(self) -> _native.LogEnd | None:
+        """The end as the tap says now; the last one heard of while it does not serve."""
+        with contextlib.suppress(EbbError):
+            status = await self.refresh()
+            return _native.LogEnd.from_proto(status.log_end.SerializeToString())
+        return self.end
 
     async def wait_end(self, seen: _native.LogEnd | None) -> _native.LogEnd:
         """Wait until the end of the spool is known and is not `seen`."""

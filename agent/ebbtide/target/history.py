@@ -1,4 +1,4 @@
-"""What history holds, and bringing it back: points and restore. Reads the journal, never writes."""
+"""What history holds, and bringing it back: points and restore. Reads a log, never writes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ebbtide.rpc import control_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from ebbtide.control.history import GroupLog
+
 RECORDS_DEFAULT = 10_000
 RECORDS_MAX = 100_000
 #: Seconds between two messages of progress.
@@ -28,19 +30,18 @@ def _point(pair: tuple[int, int] | None) -> api.Point | None:
     return None if pair is None else api.Point(seq=pair[0], time_us=pair[1])
 
 
-async def points(
-    directory: str,
-    group: bytes,
-    name: str,
-    end: _native.LogEnd | None,
-    request: api.PointsRequest,
-) -> api.PointsResult:
-    """Describe the history in a log directory."""
-    history = await in_thread(_native.History, directory, group, end)
+async def _open(log: GroupLog) -> _native.History:
+    """What the log holds now. Raises `EbbError`s."""
+    return await in_thread(_native.History, log.directory, log.group_id, await log.end())
+
+
+async def points(log: GroupLog, request: api.PointsRequest) -> api.PointsResult:
+    """Describe the history in a log."""
+    history = await _open(log)
     timeline = await in_thread(history.timeline)
     result = api.PointsResult(
-        group=group,
-        name=name,
+        group=log.group_id,
+        name=log.name,
         horizon=_point(timeline.oldest),
         newest=_point(timeline.newest),
         last_record=_point(timeline.last_record),
@@ -127,12 +128,7 @@ def _check_target(wanted: api.RestoreVolume) -> bool:
 
 
 async def restore(
-    directory: str,
-    group: bytes,
-    key: bytes,
-    end: _native.LogEnd | None,
-    request: api.RestoreRequest,
-    cache_bytes: int,
+    log: GroupLog, request: api.RestoreRequest, cache_bytes: int
 ) -> AsyncIterator[api.RestoreProgress]:
     """Write volumes as of a point. Blocks that are right already are not written again, so that a
     repeated restore goes on where the last one stopped."""
@@ -140,7 +136,8 @@ async def restore(
         raise UsageError("no volume is named to restore")
     for wanted in request.volumes:
         await asyncio.to_thread(_check_target, wanted)
-    history = await in_thread(_native.History, directory, group, end)
+    key = log.key()
+    history = await _open(log)
     kind = request.point.WhichOneof("point")
     value = getattr(request.point, kind) if kind else None
     view = await in_thread(

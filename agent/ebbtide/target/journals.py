@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from ebbtide.control.history import GroupLog
 from ebbtide.control.state import TargetRecord
 from ebbtide.errors import (
     EbbError,
@@ -28,6 +29,7 @@ from ebbtide.times import now_us
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from ebbtide import _native
     from ebbtide.config import Config
     from ebbtide.control.state import StateStore
     from ebbtide.security.keys import MasterKey
@@ -116,10 +118,24 @@ class TargetGroups:
             )
         return found
 
-    def key(self, group: TargetGroup) -> bytes:
-        """The group key, unwrapped. Raises `DamagedError` or `ConfigError`."""
-        record = group.record
-        return self._master.unwrap(bytes.fromhex(record.wrapped_key), record.group_id)
+    def logs(self) -> list[GroupLog]:
+        """The journals, to read history from."""
+        return [self._log_of(group) for group in self._groups.values()]
+
+    def _log_of(self, group: TargetGroup) -> GroupLog:
+        record, journal = group.record, group.journal
+
+        async def end() -> _native.LogEnd | None:
+            return journal.appended
+
+        return GroupLog(
+            group=record.group,
+            name=record.name,
+            directory=record.journal_dir,
+            key=lambda: self._master.unwrap(bytes.fromhex(record.wrapped_key), record.group_id),
+            end=end,
+            failure=lambda: journal.failure,
+        )
 
     async def begin(self) -> None:
         """Open all journals; one that fails does not hinder the others."""
@@ -201,6 +217,12 @@ class TargetGroups:
             raise failure
         self._log.info("takes history", group=record.name, source=peer)
         return pb.OfferResult(free_bytes=free)
+
+    async def keep(self, record: TargetRecord) -> None:
+        """Keep the log of a group that is no longer protected here; the caller saves the state."""
+        self._state.value.targets[record.group] = record
+        await self._open(record)
+        self._log.info("keeps history", group=record.name)
 
     async def withdraw(self, group: TargetGroup, *, drop: bool, in_use: bool) -> str:
         """The group ends. Its journal stays, or goes if `drop`; returns the directory."""

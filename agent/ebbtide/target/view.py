@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from ebbtide import _native
     from ebbtide.control.client import ControlClient
-    from ebbtide.control.state import TargetRecord, ViewRecord
+    from ebbtide.control.history import GroupLog
+    from ebbtide.control.state import ViewRecord
     from ebbtide.rpc import agent_pb2 as api
 
 
@@ -29,36 +29,34 @@ class ViewServer(Supervisor):
     def __init__(
         self,
         record: ViewRecord,
-        group: TargetRecord,
+        log: GroupLog,
         *,
         socket: Path,
         nbd_unix: Path,
-        log: Path,
+        log_file: Path,
         cache_bytes: int,
-        key: Callable[[], bytes],
-        log_end: Callable[[], _native.LogEnd | None],
         reattach: Callable[[], Awaitable[None]],
         point: api.PointSpec | None = None,
     ) -> None:
-        super().__init__(name=f"view {record.view}", socket=socket, log=log)
+        super().__init__(name=f"view {record.view}", socket=socket, log=log_file)
         self.nbd_unix = nbd_unix
         self.status: pb.ViewStatus | None = None
         self._record = record
-        self._group = group
+        self._group_log = log
         self._cache_bytes = cache_bytes
-        self._key = key
-        self._log_end = log_end
         self._reattach = reattach
         self._point = point
         self._began = time.monotonic()
 
     async def launch_message(self) -> bytes:
-        record = self._record
+        record, log = self._record, self._group_log
+        # Before the launch looks at the directory: what is written up to here must be seen.
+        end = await log.end()
         launch = pb.ViewLaunch(
-            group=self._group.group_id,
-            group_name=self._group.name,
-            key=self._key(),
-            log_dir=self._group.journal_dir,
+            group=log.group_id,
+            group_name=log.name,
+            key=log.key(),
+            log_dir=log.directory,
             overlay_dir=record.overlay_dir,
             overlay_bytes_max=record.overlay_bytes_max,
             cache_bytes=self._cache_bytes,
@@ -66,7 +64,6 @@ class ViewServer(Supervisor):
             nbd_unix=str(self.nbd_unix),
             nbd_tcp=record.nbd_tcp,
         )
-        end = self._log_end()
         if end is not None and end.incarnation is not None:
             launch.end.ParseFromString(end.to_proto())
         if record.seq:

@@ -20,10 +20,12 @@ from ebbtide.errors import EbbError, NotFoundError, PrivilegeError, RefusedError
 from ebbtide.target.view import ViewServer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ebbtide.config import Config
+    from ebbtide.control.history import GroupLog
     from ebbtide.control.state import Attachment, MountRecord, StateStore
     from ebbtide.rpc import agent_pb2 as api
-    from ebbtide.target.journals import TargetGroup, TargetGroups
 
 #: More at once means that something forgets to close them.
 VIEWS_MAX = 256
@@ -34,7 +36,7 @@ class View:
     """One open view."""
 
     record: ViewRecord
-    group: TargetGroup
+    log: GroupLog
     server: ViewServer
     devices: BlockDevices
 
@@ -43,12 +45,14 @@ class View:
 
 
 class Views:
-    """All views of the target role."""
+    """All views of this agent. `find_log` names the log of a group; it raises if there is none."""
 
-    def __init__(self, *, config: Config, state: StateStore, groups: TargetGroups) -> None:
+    def __init__(
+        self, *, config: Config, state: StateStore, find_log: Callable[[str], GroupLog]
+    ) -> None:
         self._config = config
         self._state = state
-        self._groups = groups
+        self._find_log = find_log
         self._views: dict[str, View] = {}
         self._run_dir = config.agent.state_dir / "run"
         self._log_dir = config.agent.state_dir / "log"
@@ -57,8 +61,9 @@ class Views:
     def all(self) -> list[View]:
         return list(self._views.values())
 
-    def of(self, group: TargetGroup) -> list[View]:
-        return [view for view in self._views.values() if view.group is group]
+    def of(self, group: str) -> list[View]:
+        """Views of a group, by its identity."""
+        return [view for view in self._views.values() if view.record.group == group]
 
     def find(self, name: str) -> View:
         """Raises `NotFoundError`."""
@@ -74,11 +79,11 @@ class Views:
         """Adopt or start what the state names."""
         for record in list(self._state.value.views.values()):
             try:
-                group = self._groups.find(record.group)
+                log = self._find_log(record.group)
             except EbbError:
                 del self._state.value.views[record.view]
                 continue
-            view = self._make(record, group, None)
+            view = self._make(record, log, None)
             if record.attachment is not None:
                 await view.devices.adopt(record.attachment)
             view.server.begin()
@@ -89,26 +94,24 @@ class Views:
             await view.server.abandon()
             await view.devices.abandon()
 
-    def _make(self, record: ViewRecord, group: TargetGroup, point: api.PointSpec | None) -> View:
+    def _make(self, record: ViewRecord, log: GroupLog, point: api.PointSpec | None) -> View:
         async def reattach() -> None:
             await view.devices.join()
 
         short = short_of(record.view)
         server = ViewServer(
             record,
-            group.record,
+            log,
             socket=self._run_dir / f"v-{short}.sock",
             nbd_unix=self._run_dir / f"n-{short}.sock",
-            log=self._log_dir / f"view-{record.view}.log",
+            log_file=self._log_dir / f"view-{record.view}.log",
             cache_bytes=self._config.target.view_cache_bytes,
-            key=lambda: self._groups.key(group),
-            log_end=lambda: group.journal.appended,
             reattach=reattach,
             point=point,
         )
         view = View(
             record=record,
-            group=group,
+            log=log,
             server=server,
             devices=BlockDevices(
                 name=short, server=server, run_dir=self._run_dir, log_dir=self._log_dir
@@ -119,9 +122,9 @@ class Views:
 
     async def open(self, request: api.OpenViewRequest) -> View:
         """Start a view server; returns when it serves. Raises `PointError` and others."""
-        group = self._groups.find(request.group)
-        if group.journal.failure is not None:
-            raise group.journal.failure
+        log = self._find_log(request.group)
+        if failure := log.failure():
+            raise failure
         name = request.name or f"v{secrets.token_hex(3)}"
         check_name(name, "view")
         if len(name) > 32:
@@ -132,7 +135,7 @@ class Views:
             raise RefusedError(f"{VIEWS_MAX} views are open", hint="close some: 'ebb view list'")
         record = ViewRecord(
             view=name,
-            group=group.record.group,
+            group=log.group,
             seq=0,
             time_us=0,
             nbd_tcp=request.nbd_tcp,
@@ -153,7 +156,7 @@ class Views:
             record.overlay_bytes_max = (
                 request.overlay_bytes_max or self._config.target.overlay_bytes_max
             )
-        view = self._make(record, group, request.point)
+        view = self._make(record, log, request.point)
         try:
             view.server.begin()
             await view.server.until_settled()
@@ -166,7 +169,7 @@ class Views:
                 await view.server.stop()
             await self._remove_files(view)
             raise
-        self._log.info("view open", view=name, group=group.record.name, seq=record.seq)
+        self._log.info("view open", view=name, group=log.name, seq=record.seq)
         return view
 
     async def close(self, view: View, *, force: bool) -> None:

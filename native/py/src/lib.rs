@@ -26,7 +26,7 @@ mod _native {
     #[pymodule_export]
     use super::history::{PyHistory, PyHistoryView, PyRestore, PyTimeline};
     #[pymodule_export]
-    use super::log::{PyBatch, PyJournal, PyLogReader, PySyncHandle};
+    use super::log::{PyBatch, PyIndexer, PyJournal, PyLogReader, PySyncHandle};
     #[pymodule_export]
     use super::position::PyLogEnd;
     #[pymodule_export]

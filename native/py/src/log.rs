@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ebbtide_core::constants::FRAME_BYTES_MAX;
 use ebbtide_core::format::frame::{FRAME_HEADER_LEN, FrameHeader};
 use ebbtide_core::format::segment::SegmentHeader;
-use ebbtide_core::index::Journal;
+use ebbtide_core::index::{Indexer, Journal};
 use ebbtide_core::log::{Batch, LogError, LogReader, RecoveryReport, SyncHandle};
 use ebbtide_core::storage::Directory;
 use parking_lot::{Mutex, RwLock};
@@ -142,6 +142,35 @@ impl PySyncHandle {
 
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.handle.sync()).map_err(raise)
+    }
+}
+
+/// Keeps the index runs of a log that another process writes.
+#[pyclass(frozen, name = "Indexer", module = "ebbtide._native")]
+#[derive(Debug)]
+pub struct PyIndexer {
+    indexer: Indexer,
+}
+
+#[pymethods]
+impl PyIndexer {
+    #[new]
+    fn new(directory: &str, group: &[u8]) -> PyResult<Self> {
+        let group = group_id(group)?;
+        let directory = open_directory(Path::new(directory))?;
+        Ok(Self {
+            indexer: Indexer::new(directory, group),
+        })
+    }
+
+    /// Builds and merges what is due; returns how many sealed segments have runs.
+    fn index_sealed(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.indexer.index_sealed()).map_err(raise)
+    }
+
+    /// Makes `index_sealed` end soon, with an error.
+    fn stop(&self) {
+        self.indexer.stop();
     }
 }
 

@@ -85,6 +85,12 @@ impl PyLogEnd {
         self.0.last_time.0
     }
 
+    /// Ordinal and first frame of the segment that grows.
+    #[getter]
+    fn open_segment(&self) -> Option<(u32, u32)> {
+        Some((self.0.ordinal, self.0.open_first_frame?.0))
+    }
+
     #[getter]
     fn committed_len(&self) -> u64 {
         self.0.committed_len

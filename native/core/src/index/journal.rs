@@ -1,26 +1,17 @@
-//! Journal: the log plus its runs. What a target agent, or a group with local history, writes.
+//! Journal: the log plus its runs. What a target agent writes.
 //!
 //! A thread indexes segments as they are sealed and merges runs in tiers. It is never in the way of
 //! an append, and what it has not done yet costs readers time, not answers: a run that is missing
 //! is built by whoever needs it, and runs are found by their names.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
-use super::build::index_segment;
-use super::cache::Cache;
-use super::names::{self, RunKey};
-use super::opening::{describes, key_of};
-use super::run::{PageCache, Run};
-use super::tiers::{self, RunSize};
-use super::walk::SegmentFile;
-use super::write::{mergeable, write_run};
+use super::indexer::Indexer;
 use crate::format::manifest::{Manifest, SegmentEntry};
 use crate::format::segment::SegmentHeader;
 use crate::log::{LogEnd, LogError, LogOptions, LogWriter, RecoveryReport, SyncHandle};
@@ -39,11 +30,9 @@ pub struct Journal {
 
 #[derive(Debug)]
 struct Shared {
-    directory: Arc<dyn Directory>,
-    group: GroupId,
+    indexer: Indexer,
     /// None once the journal is being dropped.
     writer: Mutex<Option<LogWriter>>,
-    stop: AtomicBool,
     progress: Mutex<Progress>,
     progressed: Condvar,
 }
@@ -72,10 +61,8 @@ impl Journal {
         let (writer, report) = LogWriter::open_with(Arc::clone(&directory), group, options)?;
         let sealed = writer.sealed();
         let shared = Arc::new(Shared {
-            directory,
-            group,
+            indexer: Indexer::new(directory, group),
             writer: Mutex::new(Some(writer)),
-            stop: AtomicBool::new(false),
             progress: Mutex::new(Progress::default()),
             progressed: Condvar::new(),
         });
@@ -164,7 +151,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.indexer.stop();
         // Without a writer nobody sends: the thread's channel ends.
         drop(self.shared.writer.lock().take());
         if let Some(indexer) = self.indexer.take() {
@@ -214,122 +201,10 @@ impl Shared {
         let Some(segments) = self.writer.lock().as_ref().map(|w| w.manifest().segments) else {
             return Ok(0);
         };
-        let directory = self.directory.as_ref();
-        // Merging goes from end to end and caches nothing.
-        let cache: Arc<PageCache> = Arc::new(Cache::new(0));
-        let mut runs: Vec<Run> = Vec::new();
-        let keys: Vec<_> = segments.iter().map(key_of).collect();
-        let listed = directory.list().map_err(io_failed)?;
-        for cover in names::cover(&keys, &listed) {
-            let covered = &segments[cover.segments.clone()];
-            if let Some(name) = &cover.run
-                && let Some(run) = self.usable(name, covered, &cache)?
-            {
-                runs.push(run);
-                continue;
-            }
-            for entry in covered {
-                runs.push(self.build(entry, &cache)?);
-            }
-        }
-        while let Some(range) = tiers::plan(&sizes(&runs)) {
-            let inputs: Vec<&Run> = runs[range.clone()].iter().collect();
-            if !mergeable(&inputs) {
-                break;
-            }
-            let name = name_of(&inputs);
-            write_run(directory, &name, &inputs, &self.stop)?;
-            runs.splice(range, [Run::open(directory, &name, &cache, 0)?]);
-        }
-        self.sweep(&runs)?;
-        Ok(segments.len())
+        self.indexer
+            .index(&segments, |entry| match self.writer.lock().as_mut() {
+                Some(writer) => writer.publish_run(entry.ordinal, FrameNo(entry.first_frame)),
+                None => Ok(()),
+            })
     }
-
-    /// A run that is there and right; a wrong one is removed, to be built anew.
-    fn usable(
-        &self,
-        name: &str,
-        segments: &[SegmentEntry],
-        cache: &Arc<PageCache>,
-    ) -> Result<Option<Run>, LogError> {
-        match Run::open(self.directory.as_ref(), name, cache, 0) {
-            Ok(run) if describes(&run, self.group, segments) => return Ok(Some(run)),
-            Ok(_) | Err(LogError::Damaged { .. } | LogError::Format(_)) => {}
-            Err(error) => return Err(error),
-        }
-        self.directory.remove(name).map_err(io_failed)?;
-        Ok(None)
-    }
-
-    fn build(&self, entry: &SegmentEntry, cache: &Arc<PageCache>) -> Result<Run, LogError> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(io_failed(io::ErrorKind::Interrupted.into()));
-        }
-        let name = key_of(entry).file_name();
-        let file = self.directory.open(&name, false).map_err(io_failed)?;
-        let segment = SegmentFile { name, file };
-        let indexed = index_segment(self.group, entry.ordinal, &segment, entry.bytes, false)
-            .map_err(|stopped| stopped.error)?;
-        let empty = || segment.damaged(0, no_frames());
-        let run = indexed.ok_or_else(empty)?.run;
-        let name = name_of(&[&run]);
-        write_run(self.directory.as_ref(), &name, &[&run], &self.stop)?;
-        if let Some(writer) = self.writer.lock().as_mut() {
-            writer.publish_run(entry.ordinal, FrameNo(entry.first_frame))?;
-        }
-        Run::open(self.directory.as_ref(), &name, cache, 0)
-    }
-
-    /// Removes runs that others replace. Readers that have them open go on reading them; one that
-    /// was about to open one lists the directory again.
-    fn sweep(&self, runs: &[Run]) -> Result<(), LogError> {
-        let used: Vec<&str> = runs.iter().filter_map(Run::name).collect();
-        let listed = self.directory.list().map_err(io_failed)?;
-        let mut removed = false;
-        for name in names::superfluous(&used, &listed) {
-            self.directory.remove(name).map_err(io_failed)?;
-            removed = true;
-        }
-        if removed {
-            self.directory.sync().map_err(io_failed)
-        } else {
-            Ok(())
-        }
-    }
-}
-
-fn no_frames() -> crate::format::FormatError {
-    let (what, field, reason) = ("segment", "frames", "none, though the manifest names some");
-    crate::format::FormatError::Field {
-        what,
-        field,
-        reason,
-    }
-}
-
-fn io_failed(source: io::Error) -> LogError {
-    LogError::Io {
-        action: "keeping index runs",
-        source,
-    }
-}
-
-fn sizes(runs: &[Run]) -> Vec<RunSize> {
-    let size = |run: &Run| RunSize {
-        segments: run.tail.members.len(),
-        entries: run.header.entries,
-    };
-    runs.iter().map(size).collect()
-}
-
-/// Name of the run that covers what these cover.
-fn name_of(runs: &[&Run]) -> String {
-    let members = |run: &&Run| run.tail.members.clone();
-    let all: Vec<_> = runs.iter().flat_map(members).collect();
-    let (first, last) = (&all[0], &all[all.len() - 1]);
-    RunKey {
-        first: first.key(),
-        last: last.key(),
-    }
-    .file_name()
 }

@@ -1,6 +1,7 @@
 //! Index: for each sealed segment a sorted run `(volume, block, seq) -> position`, immutable.
 //!
-//! `Journal` is the log plus its runs: what a target agent writes. `History` is what a view reads:
+//! `Journal` is the log plus its runs: what a target agent writes. `Indexer` makes those runs, also
+//! for a log that another process writes. `History` is what a view reads:
 //! the runs and, for the open segment, an index of its own in memory, up to the committed length.
 //! `entry` says how an extent becomes entries, `layout` how entries become a file.
 
@@ -9,6 +10,7 @@ pub(crate) mod cache;
 pub mod entry;
 mod event;
 mod history;
+mod indexer;
 mod journal;
 pub mod layout;
 mod names;
@@ -29,6 +31,7 @@ mod tests;
 
 pub use event::{Event, EventKind};
 pub use history::{FramePlace, History, Incarnation, READERS_LOCK};
+pub use indexer::Indexer;
 pub use journal::Journal;
 pub use points::{Bookmark, Gap, Span, Timeline};
 pub use walk::SegmentFile;

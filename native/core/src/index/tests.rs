@@ -651,6 +651,48 @@ fn a_crash_while_runs_are_written_leaves_what_can_be_indexed_again() {
 }
 
 #[test]
+fn an_indexer_beside_the_writer_builds_what_the_journal_builds() {
+    let directory = MemoryDirectory::new();
+    let shared: Arc<dyn Directory> = Arc::new(directory.clone());
+    let mut recorder = Recorder::new(shared, Suite::Aes256Gcm, options(3));
+    recorder.incarnation(&[SIZE]);
+    let bare = MemoryDirectory::new();
+    let indexer = Indexer::new(Arc::new(bare.clone()), GROUP);
+    assert_eq!(indexer.index_sealed().unwrap(), 0);
+    let mut sealed = 0;
+    for round in 0..30u32 {
+        recorder.write(0, u64::from(round % 9), &[round + 1, round + 2], false);
+        recorder.close();
+        if round % 7 != 6 {
+            continue;
+        }
+        // What another process would find: the log as it is now, and the runs made so far.
+        recorder.journal.seal().unwrap();
+        recorder.settle();
+        for name in directory.list().unwrap() {
+            if !name.ends_with(".run") {
+                bare.place(&name, &directory.content(&name).unwrap());
+            }
+        }
+        let before = sealed;
+        sealed = indexer.index_sealed().unwrap();
+        assert!(sealed > before, "{sealed} segments after round {round}");
+        let history = History::open(Arc::new(bare.clone()), GROUP, None).unwrap();
+        let expected = expected_versions(&recorder, 0, BLOCKS, recorder.seq);
+        assert_eq!(versions(&history, 0, BLOCKS, recorder.seq), expected);
+        assert_eq!(history.findings(), &[] as &[String]);
+        assert!(history.run_count() <= 6, "{} runs", history.run_count());
+    }
+    let listed = bare.list().unwrap();
+    let runs = listed.iter().filter(|name| name.ends_with(".run"));
+    assert!(runs.count() < sealed, "runs were merged: {listed:?}");
+    indexer.stop();
+    let name = listed.iter().find(|name| name.ends_with(".run")).unwrap();
+    bare.remove(name).unwrap();
+    assert!(indexer.index_sealed().is_err(), "a stopped indexer builds");
+}
+
+#[test]
 fn damage_in_a_table_without_a_run_is_located_and_older_points_open() {
     let directory = MemoryDirectory::new();
     let shared: Arc<dyn Directory> = Arc::new(directory.clone());
