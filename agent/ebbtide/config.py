@@ -113,6 +113,16 @@ class TargetSection(_Section):
     view_cache_bytes: Annotated[Size, Field(ge=1 << 20, le=64 << 30)] = 64 << 20
 
 
+class AttachSection(_Section):
+    """[attach]: block devices that the agent makes."""
+
+    #: How, if `ebb attach` does not say. Auto: by the kernel's NBD client where there is one.
+    method: Literal["auto", "fuse-loop", "nbd"] = "auto"
+    nbd_connections: Annotated[int, Field(ge=1, le=16)] = 4
+    #: Age at which the kernel sends an unanswered request again, over another connection.
+    nbd_timeout_s: Annotated[int, Field(ge=5, le=3600)] = 30
+
+
 class ShipSection(_Section):
     """[ship]: the stream from source to target."""
 
@@ -144,6 +154,7 @@ class Config(_Section):
     log: LogSection = LogSection()
     source: SourceSection = SourceSection()
     target: TargetSection = TargetSection()
+    attach: AttachSection = AttachSection()
     ship: ShipSection = ShipSection()
     peer: dict[Name, PeerSection] = Field(default_factory=dict)
 

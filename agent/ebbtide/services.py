@@ -14,7 +14,7 @@ import grpc
 
 from ebbtide import status
 from ebbtide.diagnosis import diagnose
-from ebbtide.errors import NotFoundError, PrivilegeError, RefusedError, UnreachableError, UsageError
+from ebbtide.errors import NotFoundError, RefusedError, UnreachableError, UsageError
 from ebbtide.rpc import agent_pb2 as api
 from ebbtide.rpc import agent_pb2_grpc, control_pb2
 from ebbtide.rpc import replication_pb2 as pb
@@ -26,10 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ebbtide.agent import AgentProcess
+    from ebbtide.control.devices import BlockDevices
     from ebbtide.source.groups import Group
     from ebbtide.target.journals import TargetGroup
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_METHODS = {
+    api.ATTACH_METHOD_UNSPECIFIED: "auto",
+    api.ATTACH_METHOD_FUSE_LOOP: "fuse-loop",
+    api.ATTACH_METHOD_NBD: "nbd",
+}
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -141,23 +148,22 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     @answers
     async def Attach(self, request: api.AttachRequest, context: Context) -> api.AttachResult:
-        if request.method == api.ATTACH_METHOD_NBD:
-            raise PrivilegeError(
-                "this agent attaches by FUSE and loop",
-                code="unsupported",
-                hint="or connect a client to the NBD socket yourself: 'ebb status' shows it",
-            )
+        method = _METHODS[request.method]
         views, sources = self._agent.views, self._agent.sources
         if request.WhichOneof("of") == "view":
             view = views.find(request.view)
             chosen = _choose(view.volumes(), request.volume)
-            devices = await views.attach(view, chosen, read_only=request.read_only)
+            devices = await views.attach(view, chosen, read_only=request.read_only, method=method)
+            made = view.devices
         else:
             group = sources.find(request.group)
             names = [volume.name for volume in group.record.volumes]
             chosen = _choose(names, request.volume)
-            devices = await sources.attach(group, chosen, read_only=request.read_only)
-        return api.AttachResult(devices=_attached(devices))
+            devices = await sources.attach(
+                group, chosen, read_only=request.read_only, method=method
+            )
+            made = group.devices
+        return api.AttachResult(devices=_attached(devices, _method(made)))
 
     @answers
     async def Detach(self, request: api.DetachRequest, context: Context) -> api.DetachResult:
@@ -165,12 +171,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         if request.WhichOneof("of") == "view":
             view = views.find(request.view)
             chosen = _choose(view.volumes(), request.volume)
+            method = _method(view.devices)
             devices = await views.detach(view, chosen)
         else:
             group = sources.find(request.group)
             names = [volume.name for volume in group.record.volumes]
+            method = _method(group.devices)
             devices = await sources.detach(group, _choose(names, request.volume))
-        return api.DetachResult(devices=_attached(devices))
+        return api.DetachResult(devices=_attached(devices, method))
 
     # History
 
@@ -307,8 +315,15 @@ def _choose(names: list[str], wanted: str) -> list[str]:
     return [wanted]
 
 
-def _attached(devices: dict[str, str]) -> list[api.AttachedDevice]:
+def _method(devices: BlockDevices) -> api.AttachMethod.ValueType:
+    nbd = devices.attachment is not None and devices.attachment.method == "nbd"
+    return api.ATTACH_METHOD_NBD if nbd else api.ATTACH_METHOD_FUSE_LOOP
+
+
+def _attached(
+    devices: dict[str, str], method: api.AttachMethod.ValueType
+) -> list[api.AttachedDevice]:
     return [
-        api.AttachedDevice(volume=volume, device=device, method=api.ATTACH_METHOD_FUSE_LOOP)
+        api.AttachedDevice(volume=volume, device=device, method=method)
         for volume, device in devices.items()
     ]

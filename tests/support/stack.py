@@ -96,7 +96,7 @@ class Host:
                 f'certificate = "{peer.directory}/identity/agent.crt"\n'
             )
 
-    def start(self) -> None:
+    def start(self, within_s: float = 30) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, EBB, "agent", "--config", str(self.config)],
@@ -104,9 +104,9 @@ class Host:
                 stdout=log,
                 stderr=log,
             )
-        self.wait_ready()
+        self.wait_ready(within_s)
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, within_s: float = 30) -> None:
         def ready() -> bool:
             assert self.process is not None
             if self.process.poll() is not None:
@@ -116,7 +116,7 @@ class Host:
                 return True
             return False
 
-        eventually(ready, 30, f"{self.name} answers")
+        eventually(ready, within_s, f"{self.name} answers")
 
     @property
     def stub(self) -> agent_pb2_grpc.AgentStub:

@@ -48,6 +48,11 @@ overlay_dir = "overlay"       # what is written to writable views
 overlay_bytes_max = "16GiB"   # of one view
 view_cache_bytes = "64MiB"    # memory for decoded history, per view
 
+[attach]                      # block devices of 'ebb attach' and 'ebb view mount'
+method = "auto"               # nbd where the kernel has it, else fuse-loop
+nbd_connections = 4
+nbd_timeout_s = 30            # unanswered for so long: the kernel sends it again
+
 [ship]
 window_bytes = "64MiB"        # sent and not yet acknowledged
 retry_min_s = 0.2             # a broken link is tried again after this, doubling up to ...

@@ -1,8 +1,10 @@
-"""Block devices and mounts on the agent's host: a holder per tap or view, loop devices on top.
+"""Block devices and mounts on the agent's host: by the kernel's NBD client, or by FUSE and loop.
 
-The holder keeps the descriptor of a FUSE mount whose files are the volumes. When a server is
-started again, it takes the descriptor from the holder; when the holder is, it gets it back from the
-server, or from us, who keep a duplicate. A loop device outlives the death of any two of the three.
+For the latter a holder per tap or view keeps the descriptor of a FUSE mount whose files are the
+volumes; loop devices lie on top. When a server is started again, it takes the descriptor from the
+holder; when the holder is, it gets it back from the server, or from us, who keep a duplicate. A
+loop device outlives the death of any two of the three. NBD devices are the kernel's: see
+`kernel_nbd`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebbtide import _native
+from ebbtide.control import kernel_nbd
+from ebbtide.control.kernel_nbd import KernelNbd
 from ebbtide.control.native import in_thread
 from ebbtide.control.state import Attachment, MountRecord
 from ebbtide.control.supervisor import ProcessState, Supervisor
@@ -33,6 +37,7 @@ from ebbtide.rpc import control_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ebbtide.config import AttachSection
     from ebbtide.control.client import ControlClient
 
 #: A mount that replays a journal of some GiB takes its time.
@@ -90,28 +95,59 @@ class Holder(Supervisor):
 
 
 class BlockDevices:
-    """The block devices of one tap or view."""
+    """The block devices of one tap or view. All are made in one way at a time."""
 
-    def __init__(self, *, name: str, server: Supervisor, run_dir: Path, log_dir: Path) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        server: Supervisor,
+        nbd_unix: Path,
+        run_dir: Path,
+        log_dir: Path,
+        config: AttachSection,
+    ) -> None:
         self._name = name
         self._server = server
         self._run_dir = run_dir
         self._log_dir = log_dir
+        self._config = config
         self._holder: Holder | None = None
         self._kept: _native.FuseDescriptor | None = None
+        self._nbd = KernelNbd(
+            name=name,
+            nbd_unix=nbd_unix,
+            connections=config.nbd_connections,
+            timeout_s=config.nbd_timeout_s,
+            serves=lambda: server.client is not None,
+        )
         self.attachment: Attachment | None = None
+
+    @property
+    def clients(self) -> int:
+        """How many NBD clients of the server are these devices."""
+        return self._nbd.connections
 
     async def adopt(self, attachment: Attachment) -> None:
         """Take over what an earlier agent attached."""
         self.attachment = attachment
+        if attachment.method == "nbd":
+            # After a boot none of them is there.
+            attachment.devices = await self._nbd.adopt(attachment.devices)
+            if not attachment.devices:
+                self.attachment = None
+            return
         self._start_holder(attachment)
 
     async def join(self) -> None:
-        """Let holder, server and us all have the descriptor again, whichever was started anew.
+        """Let whichever process was started anew serve the devices again.
 
-        Raises `EbbError` while one of them is not there; harmless to repeat.
+        By FUSE: holder, server and we ourselves all have the descriptor again. Raises `EbbError`
+        while one of them is not there; harmless to repeat.
         """
         holder, attachment = self._holder, self.attachment
+        if attachment is not None and attachment.method == "nbd":
+            await self._nbd.serve_again()
         if holder is None or attachment is None:
             return
         if self._kept is not None:
@@ -122,8 +158,46 @@ class BlockDevices:
         if self._holder is holder:
             self._kept = kept
 
-    async def attach(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
+    async def attach(
+        self, volumes: list[str], *, read_only: bool, method: str = "auto"
+    ) -> dict[str, str]:
         """Device path of each volume; those already attached stay. Raises `PrivilegeError`."""
+        if await self._choose(method) == "nbd":
+            return await self._attach_nbd(volumes, read_only=read_only)
+        return await self._attach_loop(volumes, read_only=read_only)
+
+    async def _choose(self, method: str) -> str:
+        """The way for the devices to come. Raises `RefusedError` if others came another way."""
+        if self.attachment is not None:
+            if method not in {"auto", self.attachment.method}:
+                raise RefusedError(
+                    f"devices of this one are attached by {self.attachment.method}",
+                    hint="detach them first",
+                )
+            return self.attachment.method
+        wanted = self._config.method if method == "auto" else method
+        if wanted == "auto":
+            try:
+                await asyncio.to_thread(kernel_nbd.require)
+            except kernel_nbd.AbsentError:
+                return "fuse-loop"
+            return "nbd"
+        return wanted
+
+    async def _attach_nbd(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
+        self._client()
+        attachment = self.attachment or Attachment(method="nbd", read_only=read_only)
+        devices = dict(attachment.devices)
+        for volume in volumes:
+            if volume not in devices:
+                devices[volume] = await self._nbd.attach(
+                    volume, read_only=read_only or attachment.read_only
+                )
+                attachment.devices = devices
+                self.attachment = attachment
+        return {volume: devices[volume] for volume in volumes}
+
+    async def _attach_loop(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
         _require_loop()
         if self.attachment is None:
             attachment = Attachment(
@@ -164,17 +238,22 @@ class BlockDevices:
                     hint="unmount it or end who uses it, then repeat",
                 )
         for volume, device in chosen.items():
-            await in_thread(_native.loop_detach, device)
+            if self.attachment.method == "nbd":
+                await self._nbd.detach(device)
+            else:
+                await in_thread(_native.loop_detach, device)
             del devices[volume]
             self.attachment.devices = devices
-        if not devices and self._holder is not None:
-            await self._holder.unmount()
-            self._holder = self._kept = None
+        if not devices:
+            if self._holder is not None:
+                await self._holder.unmount()
+                self._holder = self._kept = None
             self.attachment = None
         return chosen
 
     async def abandon(self) -> None:
         """Leave everything for the next agent."""
+        await self._nbd.abandon()
         if self._holder is not None:
             await self._holder.abandon()
 

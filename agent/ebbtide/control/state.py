@@ -27,10 +27,12 @@ class _Record(BaseModel):
 
 
 class Attachment(_Record):
-    """Block devices of a tap or a view: a FUSE mount kept by a holder, loop devices on it."""
+    """Block devices of a tap or a view."""
 
-    mountpoint: str
-    holder_socket: str
+    method: Literal["fuse-loop", "nbd"] = "fuse-loop"
+    #: Of the FUSE mount and of the holder that keeps it; empty for NBD.
+    mountpoint: str = ""
+    holder_socket: str = ""
     read_only: bool = False
     #: Volume name to device path.
     devices: dict[str, str] = Field(default_factory=dict)

@@ -170,7 +170,12 @@ class SourceGroups:
             record=record,
             tap=tap,
             devices=BlockDevices(
-                name=short, server=tap, run_dir=self._run_dir, log_dir=self._log_dir
+                name=short,
+                server=tap,
+                nbd_unix=tap.nbd_unix,
+                run_dir=self._run_dir,
+                log_dir=self._log_dir,
+                config=self._config.attach,
             ),
             shipper=self._shipper(record, tap) if record.target_peer else None,
             index=None if record.target_peer else LocalIndex(record, tap),
@@ -340,9 +345,9 @@ class SourceGroups:
         drop = request.history == api.UnprotectRequest.HISTORY_DROP
         if group.tap.client is not None and not request.force:
             status = await group.tap.refresh()
-            if status.clients:
+            if clients := status.clients - group.devices.clients:
                 raise RefusedError(
-                    f"{status.clients} clients are connected to group '{record.name}'",
+                    f"{clients} clients are connected to group '{record.name}'",
                     code="in-use",
                     hint="end them first, or use --force",
                 )
@@ -393,10 +398,12 @@ class SourceGroups:
 
     # Devices and bookmarks
 
-    async def attach(self, group: Group, volumes: list[str], *, read_only: bool) -> dict[str, str]:
+    async def attach(
+        self, group: Group, volumes: list[str], *, read_only: bool, method: str
+    ) -> dict[str, str]:
         """Block devices for volumes, remembered."""
         try:
-            return await group.devices.attach(volumes, read_only=read_only)
+            return await group.devices.attach(volumes, read_only=read_only, method=method)
         finally:
             await self._remember(group, group.devices.attachment)
 

@@ -114,7 +114,12 @@ class Views:
             log=log,
             server=server,
             devices=BlockDevices(
-                name=short, server=server, run_dir=self._run_dir, log_dir=self._log_dir
+                name=short,
+                server=server,
+                nbd_unix=server.nbd_unix,
+                run_dir=self._run_dir,
+                log_dir=self._log_dir,
+                config=self._config.attach,
             ),
         )
         self._views[record.view] = view
@@ -176,9 +181,9 @@ class Views:
         """Unmount, detach, end. Raises `RefusedError` while it is used, unless forced."""
         if not force:
             status = await view.server.refresh()
-            if status is not None and status.clients:
+            if status is not None and (clients := status.clients - view.devices.clients):
                 raise RefusedError(
-                    f"{status.clients} clients are connected to view '{view.record.view}'",
+                    f"{clients} clients are connected to view '{view.record.view}'",
                     code="in-use",
                     hint="end them first, or use --force",
                 )
@@ -196,11 +201,13 @@ class Views:
         for path in (view.server.log_file, view.server.socket, view.server.nbd_unix):
             path.unlink(missing_ok=True)
 
-    async def attach(self, view: View, volumes: list[str], *, read_only: bool) -> dict[str, str]:
+    async def attach(
+        self, view: View, volumes: list[str], *, read_only: bool, method: str = "auto"
+    ) -> dict[str, str]:
         """Block devices for volumes, remembered."""
         try:
             return await view.devices.attach(
-                volumes, read_only=read_only or not view.record.overlay_dir
+                volumes, read_only=read_only or not view.record.overlay_dir, method=method
             )
         finally:
             await self._remember(view, view.devices.attachment)

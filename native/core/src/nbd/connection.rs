@@ -200,6 +200,13 @@ impl<'a> Connection<'a> {
                     self.input.fill(self.socket, whole)?;
                 }
                 Next::Request(header) => {
+                    // A client that knows simple replies only is most likely the kernel. It hands
+                    // an error on to the file system above, but what was not answered it sends
+                    // again to the next server.
+                    let patient = !self.channel.terms.structured;
+                    if patient && self.stopping.load(Ordering::Acquire) {
+                        return self.flush();
+                    }
                     if header.command == wire::CMD_DISC {
                         return Ok(());
                     }

@@ -1,0 +1,329 @@
+"""Block devices by the kernel's own NBD client, over the unix socket of a tap or a view.
+
+The kernel keeps the device and what was written to it while the server is away (its limit is
+`HOLD_S`): requests wait, and go on over new connections that we hand it when the server is there
+again. What a dead server had taken and not answered, the kernel sends once more; that it does when
+the request is `timeout_s` old, not before (docs/adr/0010).
+
+What the kernel holds outlives the agent. Whose a device is says its backend identifier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import platform
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from ebbtide.control import genetlink, nbd_connect
+from ebbtide.control.genetlink import Family
+from ebbtide.errors import EbbError, PrivilegeError, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_CONNECT, _DISCONNECT, _RECONFIGURE, _LINK_DEAD = 1, 2, 3, 4
+_INDEX, _SIZE, _BLOCK_SIZE, _TIMEOUT, _SERVER_FLAGS = 1, 2, 3, 4, 5
+_SOCKETS, _DEAD_CONN_TIMEOUT, _BACKEND = 7, 8, 10
+_SOCK_ITEM, _SOCK_FD = 1, 1
+
+#: The kernel has backend identifiers since then: without, a device could be taken for ours.
+KERNEL_MIN: Final = (5, 14)
+#: As the loop device: partition tables and xfs are laid out in this unit.
+BLOCK_BYTES: Final = 512
+#: How long requests wait for a server. FUSE has no limit; the kernel's NBD client wants one.
+HOLD_S: Final = 7 * 24 * 3600
+#: Pauses between attempts to hand over connections: the kernel notices a dead one a moment late.
+RECONNECT_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)
+#: A device without users that is only just being let go of, by udev for instance.
+SETTLE_S: Final = 3.0
+
+
+class AbsentError(PrivilegeError):
+    """This kernel, or this user, has no NBD client."""
+
+
+def _family() -> Family:
+    """Raises `AbsentError`. Blocks: may load the module."""
+    hint = "use --method fuse-loop, or the NBD socket that 'ebb status' shows"
+    if os.geteuid() != 0:
+        raise AbsentError("block devices need root", hint="run the agent as root")
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    if found is None or (int(found[1]), int(found[2])) < KERNEL_MIN:
+        raise AbsentError("the NBD client of this kernel is too old", code="unsupported", hint=hint)
+    for attempt in range(2):
+        try:
+            return Family("nbd", 1)
+        except OSError as error:
+            path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+            modprobe = shutil.which("modprobe", path=path)
+            if error.errno == errno.ENOENT and modprobe and attempt == 0:
+                subprocess.run([modprobe, "nbd"], check=False, capture_output=True)
+                continue
+            break
+    raise AbsentError("this kernel has no NBD client", code="unsupported", hint=hint)
+
+
+def require() -> None:
+    """Raises `AbsentError` unless the kernel's client can be used. Blocks."""
+    _family().close()
+
+
+def index_of(device: str) -> int:
+    return int(device.removeprefix("/dev/nbd"))
+
+
+def _sysfs(index: int) -> Path:
+    return Path(f"/sys/block/nbd{index}")
+
+
+def _identifier(index: int) -> str:
+    """Whose a connected device is; empty if it is not connected, or nobody said."""
+    try:
+        return (_sysfs(index) / "backend").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _fds(sockets: Iterable[socket.socket]) -> bytes:
+    items = [genetlink.nested(_SOCK_ITEM, genetlink.u32(_SOCK_FD, one.fileno())) for one in sockets]
+    return genetlink.nested(_SOCKETS, *items)
+
+
+def _taken(channel: socket.socket) -> bool:
+    """Whether the kernel took a connection over: it sets its timeout on those, and silently leaves
+    the others (linux/drivers/block/nbd.c)."""
+    value = channel.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)
+    return any(value)
+
+
+def openers(device: str) -> list[int]:
+    """Processes that have a block device open. Blocks."""
+    number = Path(device).stat().st_rdev
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if entry.stat().st_rdev == number:
+                found.add(int(entry.parts[2]))
+    return sorted(found)
+
+
+class KernelNbd:
+    """The NBD devices of one tap or view."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        nbd_unix: Path,
+        connections: int,
+        timeout_s: int,
+        serves: Callable[[], bool],
+    ) -> None:
+        self._name = name
+        self._nbd_unix = nbd_unix
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._serves = serves
+        #: Volume by index of its device.
+        self._volumes: dict[int, str] = {}
+        self._handing_over = asyncio.Lock()
+        self._events: socket.socket | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger(process=name)
+
+    @property
+    def connections(self) -> int:
+        """How many clients of the server are the kernel's."""
+        return self._connections * len(self._volumes)
+
+    async def adopt(self, devices: dict[str, str]) -> dict[str, str]:
+        """Take over what an earlier agent attached; returns what is still there, and ours."""
+        held = {
+            volume: device
+            for volume, device in devices.items()
+            if _identifier(index_of(device)) == self._identity(volume)
+        }
+        self._volumes = {index_of(device): volume for volume, device in held.items()}
+        if held:
+            with contextlib.suppress(EbbError, OSError):
+                await self._listen()
+        return held
+
+    async def attach(self, volume: str, *, read_only: bool) -> str:
+        """Connect a device. Raises `AbsentError` and other `EbbError`s."""
+        await self._listen()
+        index = await asyncio.to_thread(self._connect, volume, read_only)
+        self._volumes[index] = volume
+        return f"/dev/nbd{index}"
+
+    async def detach(self, device: str) -> None:
+        """Make durable and disconnect. Raises `RefusedError` while somebody has the device open."""
+        await asyncio.to_thread(self._disconnect, device)
+        self._volumes.pop(index_of(device), None)
+        if not self._volumes:
+            await self.abandon()
+
+    async def abandon(self) -> None:
+        """Leave everything to the kernel, and to the next agent."""
+        if self._events is not None:
+            asyncio.get_running_loop().remove_reader(self._events)
+            self._events.close()
+            self._events = None
+        for task in self._work:
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+
+    async def serve_again(self) -> None:
+        """Hand new connections to every device that has lost some."""
+        async with self._handing_over:
+            for index, volume in list(self._volumes.items()):
+                await self._reconnect(index, volume, RECONNECT_S)
+
+    def _identity(self, volume: str) -> str:
+        return f"ebbtide:{self._name}/{volume}"
+
+    def _connect(self, volume: str, read_only: bool) -> int:
+        with _family() as family, contextlib.ExitStack() as ours:
+            first = nbd_connect.connect(self._nbd_unix, volume)
+            ours.callback(first.socket.close)
+            sockets = [first.socket]
+            if first.flags & nbd_connect.CAN_MULTI_CONN:
+                for _ in range(self._connections - 1):
+                    sockets.append(nbd_connect.connect(self._nbd_unix, volume).socket)
+                    ours.callback(sockets[-1].close)
+            flags = first.flags | (nbd_connect.READ_ONLY if read_only else 0)
+            try:
+                answer = family.request(
+                    _CONNECT,
+                    genetlink.u64(_SIZE, first.size // BLOCK_BYTES * BLOCK_BYTES),
+                    genetlink.u64(_BLOCK_SIZE, BLOCK_BYTES),
+                    genetlink.u64(_TIMEOUT, self._timeout_s),
+                    genetlink.u64(_DEAD_CONN_TIMEOUT, HOLD_S),
+                    genetlink.u64(_SERVER_FLAGS, flags),
+                    genetlink.text(_BACKEND, self._identity(volume)),
+                    _fds(sockets),
+                )
+            except OSError as error:
+                raise PrivilegeError(
+                    f"the kernel refuses an NBD device for {volume}: {error.strerror}",
+                    code="unsupported",
+                    hint="use --method fuse-loop",
+                ) from None
+        (index,) = struct.unpack("=I", answer[_INDEX])
+        return int(index)
+
+    def _disconnect(self, device: str) -> None:
+        index = index_of(device)
+        if _identifier(index).partition("/")[0] != f"ebbtide:{self._name}":
+            return
+        self._claim(device)
+        with _family() as family, contextlib.suppress(OSError):
+            family.request(_DISCONNECT, genetlink.u32(_INDEX, index))
+        deadline = time.monotonic() + SETTLE_S
+        while (_sysfs(index) / "pid").exists():
+            if time.monotonic() > deadline:
+                raise RefusedError(f"{device} is still in use", code="in-use")
+            time.sleep(0.02)
+
+    def _claim(self, device: str) -> None:
+        """Nobody else has it; what was written is durable. The kernel would cut off who has."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            try:
+                descriptor = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+            except OSError as error:
+                users = f"it is claimed: {error.strerror}"
+            else:
+                try:
+                    others = [pid for pid in openers(device) if pid != os.getpid()]
+                    if not others:
+                        # Without a server this would wait for one; then nobody had it open since
+                        # all was written, or it would be open still.
+                        if self._serves():
+                            os.fsync(descriptor)
+                        return
+                    users = f"open in process {', '.join(map(str, others))}"
+                finally:
+                    os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise RefusedError(
+                    f"{device} is in use: {users}",
+                    code="in-use",
+                    hint="end who uses it, then repeat",
+                )
+            time.sleep(0.05)
+
+    async def _listen(self) -> None:
+        if self._events is None:
+            with await asyncio.to_thread(_family) as family:
+                self._events = family.subscribe("nbd_mc_group")
+            asyncio.get_running_loop().add_reader(self._events, self._told)
+
+    def _told(self) -> None:
+        """The kernel gave a connection up: it gets another one, if the server lives."""
+        dead = set()
+        while self._events is not None:
+            try:
+                data = self._events.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:
+                # Events were lost: any connection can be among them.
+                dead |= set(self._volumes)
+                continue
+            for command, parts in genetlink.event(data):
+                if command == _LINK_DEAD and _INDEX in parts:
+                    dead.add(struct.unpack("=I", parts[_INDEX])[0])
+        for index in dead & set(self._volumes):
+            task = asyncio.create_task(self._mend(index), name=f"mend nbd{index}")
+            self._work.add(task)
+            task.add_done_callback(self._work.discard)
+
+    async def _mend(self, index: int) -> None:
+        async with self._handing_over:
+            if (volume := self._volumes.get(index)) and self._serves():
+                await self._reconnect(index, volume, (0.0,))
+
+    async def _reconnect(self, index: int, volume: str, pauses: tuple[float, ...]) -> None:
+        """Offer connections until all of the device's are new, or `pauses` are over."""
+        missing = self._connections
+        for pause in pauses:
+            await asyncio.sleep(pause)
+            try:
+                missing -= await asyncio.to_thread(self._offer, index, volume, missing)
+            except (EbbError, OSError) as error:
+                # A server that died again is started again, and we are called again.
+                self._log.warning("no connection for the kernel", device=index, error=str(error))
+                return
+            if missing == 0:
+                break
+        if missing < self._connections:
+            taken = self._connections - missing
+            self._log.info("kernel has new connections", device=f"nbd{index}", connections=taken)
+
+    def _offer(self, index: int, volume: str, count: int) -> int:
+        """Offer connections to a device; returns how many it had use for."""
+        with _family() as family, contextlib.ExitStack() as ours:
+            sockets = []
+            for _ in range(count):
+                sockets.append(nbd_connect.connect(self._nbd_unix, volume).socket)
+                ours.callback(sockets[-1].close)
+            family.request(
+                _RECONFIGURE,
+                genetlink.u32(_INDEX, index),
+                genetlink.text(_BACKEND, self._identity(volume)),
+                _fds(sockets),
+            )
+            return sum(_taken(one) for one in sockets)
