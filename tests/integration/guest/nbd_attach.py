@@ -78,6 +78,25 @@ def check_newest(host: Host, device: str, backing: Path) -> None:
     assert shown == out.read_bytes(), "the device and the newest view differ"
 
 
+def check_view(host: Host, directory: Path, expected: bytes) -> None:
+    """A view is attached and mounted the same way, and its server is killed under the mount."""
+    past = directory / "past"
+    past.mkdir()
+    view = host.stub.OpenView(api.OpenViewRequest(group="ward", writable=True), timeout=WITHIN_S)
+    mounted = host.stub.MountView(
+        api.MountViewRequest(view=view.id, directory=str(past)), timeout=WITHIN_S
+    )
+    assert mounted.device.startswith("/dev/nbd"), mounted
+    assert (past / "file-0").read_bytes() == expected
+    os.kill(view.pid, signal.SIGKILL)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    (past / "file-0").write_bytes(b"changed")
+    run("sync", "-f", str(past))
+    assert (past / "file-0").read_bytes() == b"changed"
+    host.stub.CloseView(api.CloseViewRequest(view=view.id), timeout=WITHIN_S)
+    assert not os.path.ismount(past)
+
+
 def main() -> None:
     directory = Path(tempfile.mkdtemp())
     host = Host("guest", directory / "agent", 7380)
@@ -134,6 +153,8 @@ def main() -> None:
     writer.join()
     step(f"agent and tap killed: {writer.count} files")
     assert writer.error is None, writer.error
+    check_view(host, directory, (live / "file-0").read_bytes())
+    step("a mounted view outlives its server")
     run("umount", str(live))
     run("e2fsck", "-fn", attached.device)
     check_newest(host, attached.device, backing)

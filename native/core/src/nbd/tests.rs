@@ -76,6 +76,13 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Whether a reply is there, or comes before the server closes.
+fn more(stream: &UnixStream) -> bool {
+    let mut byte = [0];
+    let flags = rustix::net::RecvFlags::PEEK;
+    matches!(rustix::net::recv(stream, &mut byte[..], flags), Ok((_, 1)))
+}
+
 fn pattern(length: usize, seed: u8) -> Vec<u8> {
     (0..length)
         .map(|at| u8::try_from(at % 251).unwrap() ^ seed)
@@ -746,6 +753,61 @@ fn test_stop_lets_running_requests_finish() {
     stopping.join().unwrap();
     assert_eq!(server.clients(), 0);
     assert!(server.listen_unix(&fixture.path).is_err());
+}
+
+/// The kernel's client gives an error to the file system above, and sends again what was left
+/// without an answer; it is one of those that know simple replies only.
+#[test]
+fn test_stop_leaves_without_an_answer_what_a_simple_client_can_send_again() {
+    const SENT: u64 = 70;
+    for structured in [false, true] {
+        let fixture = waiting_fixture(SIZE, 2);
+        let mut client = Client::connect(&fixture.path, "vol", structured);
+        fixture.device.hold(true);
+        let requests: Vec<u8> = (0..SENT)
+            .flat_map(|number| write_request(number, number * 512, &[1; 512]))
+            .collect();
+        // More than may wait at once: the last ones are still to be looked at when the stop comes.
+        client.send(&requests);
+        let server = Arc::new(fixture.server);
+        let stopping = std::thread::spawn({
+            let server = Arc::clone(&server);
+            move || server.stop()
+        });
+        eventually("stop listens no more", || {
+            UnixStream::connect(&fixture.path).is_err()
+        });
+        fixture.device.hold(false);
+        let mut errors = 0;
+        let mut answered = 0;
+        while more(&client.stream) {
+            answered += 1;
+            match client.reply(None).1 {
+                Reply::Simple(0) => {}
+                Reply::Error(ESHUTDOWN) if structured => errors += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        let written = fixture
+            .device
+            .content
+            .lock()
+            .iter()
+            .filter(|byte| **byte == 1)
+            .count();
+        assert_eq!(
+            written,
+            (answered - errors) * 512,
+            "what is answered is done"
+        );
+        if structured {
+            assert_eq!(answered, usize::try_from(SENT).unwrap());
+            assert!(errors > 0);
+        } else {
+            assert!(answered < usize::try_from(SENT).unwrap(), "{answered}");
+        }
+        stopping.join().unwrap();
+    }
 }
 
 #[test]

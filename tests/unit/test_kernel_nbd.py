@@ -1,0 +1,186 @@
+"""Guards what the agent says to the kernel's NBD client, as far as it goes without one.
+
+The client itself is the guest test's (`tests/integration/test_nbd_attach.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ebbtide.config import AttachSection
+from ebbtide.control import genetlink, kernel_nbd, nbd_connect
+from ebbtide.control.devices import BlockDevices
+from ebbtide.control.kernel_nbd import AbsentError, openers
+from ebbtide.control.state import Attachment
+from ebbtide.errors import DamagedError, RefusedError, UnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# Netlink
+
+
+def test_attributes_are_padded_and_read_back() -> None:
+    data = genetlink.text(10, "abcd") + genetlink.u32(1, 7) + genetlink.u64(2, 1 << 40)
+    assert len(data) % 4 == 0
+    found = dict(genetlink.attributes(data))
+    assert found == {10: b"abcd\0", 1: struct.pack("=I", 7), 2: struct.pack("=Q", 1 << 40)}
+    ((kind, inside),) = genetlink.attributes(genetlink.nested(7, genetlink.u32(1, 5)))
+    assert (kind, dict(genetlink.attributes(inside))) == (7, {1: struct.pack("=I", 5)})
+
+
+@pytest.mark.parametrize("length", [0, 3, 200])
+def test_a_malformed_length_ends_the_reading(length: int) -> None:
+    good = genetlink.u32(1, 7)
+    bad = struct.pack("=HH", length, 2) + bytes(4)
+    assert [kind for kind, _ in genetlink.attributes(good + bad)] == [1]
+    header = struct.pack("=IHHII", length % 16, 99, 0, 0, 0)
+    assert list(genetlink.messages(header)) == []
+
+
+def test_the_kernel_answers() -> None:
+    with genetlink.Family("nlctrl", 2) as family:
+        answer = family.request(3, genetlink.text(2, "nlctrl"))
+        assert answer[2] == b"nlctrl\0"
+        with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
+            family.request(3, genetlink.text(2, "no-such-family"))
+        family.subscribe("notify").close()
+    with pytest.raises(FileNotFoundError):
+        genetlink.Family("no-such-family", 1)
+
+
+def test_events_name_their_device() -> None:
+    body = struct.pack("=BBH", 4, 1, 0) + genetlink.u32(1, 3)
+    data = struct.pack("=IHHII", 16 + len(body), 30, 0, 0, 0) + body
+    ((command, parts),) = genetlink.event(data)
+    assert (command, parts) == (4, {1: struct.pack("=I", 3)})
+
+
+# The handshake
+
+GREETING = struct.pack(">QQH", 0x4E42444D41474943, 0x49484156454F5054, 3)
+
+
+def reply(kind: int, data: bytes = b"", magic: int = 0x3E889045565A9) -> bytes:
+    return struct.pack(">QIII", magic, 7, kind, len(data)) + data
+
+
+EXPORT = reply(3, struct.pack(">HQH", 0, 1 << 30, 0x16D))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Says `answer` to one client, whatever it asks, and closes."""
+
+    def serve(answer: bytes) -> Path:
+        path = tmp_path / "nbd.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def talk() -> None:
+            with listener, listener.accept()[0] as client:
+                client.sendall(answer)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(4096):
+                    pass
+
+        threading.Thread(target=talk, daemon=True).start()
+        return path
+
+    return serve
+
+
+def test_size_and_flags_of_an_export(server: Callable[[bytes], Path]) -> None:
+    path = server(
+        GREETING + reply(3, struct.pack(">HIII", 3, 1, 4096, 1 << 25)) + EXPORT + reply(1)
+    )
+    made = nbd_connect.connect(path, "disk")
+    with made.socket:
+        assert (made.size, made.flags) == (1 << 30, 0x16D)
+        assert made.socket.getblocking()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", UnreachableError),
+        (b"NBDMAGIC" + bytes(10), DamagedError),
+        (GREETING, UnreachableError),
+        (GREETING + reply(1 << 31 | 6), UnreachableError),
+        (GREETING + reply(3, magic=1), DamagedError),
+        (GREETING + struct.pack(">QIII", 0x3E889045565A9, 7, 3, 1 << 30), DamagedError),
+        (GREETING + EXPORT[:-1], UnreachableError),
+        (GREETING + reply(1), UnreachableError),
+    ],
+)
+def test_a_bad_answer_is_an_error(
+    server: Callable[[bytes], Path], answer: bytes, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        nbd_connect.connect(server(answer), "disk")
+
+
+def test_no_server(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError):
+        nbd_connect.connect(tmp_path / "nobody", "disk")
+
+
+# Which way
+
+
+def block_devices(tmp_path: Path, method: Any) -> BlockDevices:
+    return BlockDevices(
+        name="ward",
+        server=None,  # type: ignore[arg-type] (not asked)
+        nbd_unix=tmp_path / "nbd.sock",
+        run_dir=tmp_path,
+        log_dir=tmp_path,
+        config=AttachSection(method=method),
+    )
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("configured", ["auto", "nbd", "fuse-loop"])
+@pytest.mark.parametrize("asked", ["auto", "nbd", "fuse-loop"])
+async def test_which_way_devices_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, configured: str, there: bool
+) -> None:
+    def require() -> None:
+        if not there:
+            raise AbsentError("no client")
+
+    monkeypatch.setattr(kernel_nbd, "require", require)
+    wanted = configured if asked == "auto" else asked
+    expected = ("nbd" if there else "fuse-loop") if wanted == "auto" else wanted
+    assert await block_devices(tmp_path, configured)._choose(asked) == expected
+
+
+async def test_devices_of_one_tap_all_come_the_same_way(tmp_path: Path) -> None:
+    found = block_devices(tmp_path, "auto")
+    found.attachment = Attachment(method="nbd")
+    assert await found._choose("auto") == "nbd"
+    with pytest.raises(RefusedError):
+        await found._choose("fuse-loop")
+
+
+async def test_a_device_that_is_not_ours_is_not_taken_over(tmp_path: Path) -> None:
+    """As after a boot: the state names devices that the kernel does not have, or has for others."""
+    found = block_devices(tmp_path, "auto")
+    await found.adopt(Attachment(method="nbd", devices={"disk": "/dev/nbd4095"}))
+    assert found.attachment is None
+    assert found.clients == 0
+
+
+def test_who_has_a_device_open() -> None:
+    with open("/dev/null") as file:
+        assert os.getpid() in openers("/dev/null")
+        assert file.readable()
