@@ -345,7 +345,7 @@ class SourceGroups:
         drop = request.history == api.UnprotectRequest.HISTORY_DROP
         if group.tap.client is not None and not request.force:
             status = await group.tap.refresh()
-            if clients := status.clients - group.devices.clients:
+            if (clients := status.clients - group.devices.clients) > 0:
                 raise RefusedError(
                     f"{clients} clients are connected to group '{record.name}'",
                     code="in-use",

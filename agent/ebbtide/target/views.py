@@ -181,7 +181,7 @@ class Views:
         """Unmount, detach, end. Raises `RefusedError` while it is used, unless forced."""
         if not force:
             status = await view.server.refresh()
-            if status is not None and (clients := status.clients - view.devices.clients):
+            if status is not None and (clients := status.clients - view.devices.clients) > 0:
                 raise RefusedError(
                     f"{clients} clients are connected to view '{view.record.view}'",
                     code="in-use",
