@@ -9,6 +9,7 @@ __all__ = [
     "Gcm",
     "History",
     "HistoryView",
+    "Indexer",
     "Journal",
     "LogEnd",
     "LogReader",

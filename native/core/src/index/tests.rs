@@ -650,6 +650,10 @@ fn a_crash_while_runs_are_written_leaves_what_can_be_indexed_again() {
     }
 }
 
+fn is_run(name: &str) -> bool {
+    name.strip_suffix(".run").is_some()
+}
+
 #[test]
 fn an_indexer_beside_the_writer_builds_what_the_journal_builds() {
     let directory = MemoryDirectory::new();
@@ -670,7 +674,7 @@ fn an_indexer_beside_the_writer_builds_what_the_journal_builds() {
         recorder.journal.seal().unwrap();
         recorder.settle();
         for name in directory.list().unwrap() {
-            if !name.ends_with(".run") {
+            if !is_run(&name) {
                 bare.place(&name, &directory.content(&name).unwrap());
             }
         }
@@ -684,10 +688,10 @@ fn an_indexer_beside_the_writer_builds_what_the_journal_builds() {
         assert!(history.run_count() <= 6, "{} runs", history.run_count());
     }
     let listed = bare.list().unwrap();
-    let runs = listed.iter().filter(|name| name.ends_with(".run"));
+    let runs = listed.iter().filter(|name| is_run(name));
     assert!(runs.count() < sealed, "runs were merged: {listed:?}");
     indexer.stop();
-    let name = listed.iter().find(|name| name.ends_with(".run")).unwrap();
+    let name = listed.iter().find(|name| is_run(name)).unwrap();
     bare.remove(name).unwrap();
     assert!(indexer.index_sealed().is_err(), "a stopped indexer builds");
 }

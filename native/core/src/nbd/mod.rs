@@ -139,7 +139,8 @@ impl Server {
     }
 
     /// Stops accepting, lets running requests finish, closes connections. Later requests are
-    /// answered with ESHUTDOWN, or not at all where only simple replies were agreed on. Returns when all of its threads have ended.
+    /// answered with ESHUTDOWN, or not at all where only simple replies were agreed on. Returns
+    /// when all of its threads have ended.
     pub fn stop(&self) {
         let inner = &self.inner;
         inner.stopping.store(true, Ordering::SeqCst);
