@@ -3,7 +3,7 @@
 The kernel keeps the device and what was written to it while the server is away (its limit is
 `HOLD_S`): requests wait, and go on over new connections that we hand it when the server is there
 again. What a dead server had taken and not answered, the kernel sends once more; that it does when
-the request is `timeout_s` old, not before (docs/adr/0010).
+the request is `timeout_s` old, not before (docs/adr/0011).
 
 What the kernel holds outlives the agent. Whose a device is says its backend identifier.
 """
