@@ -21,7 +21,7 @@ import pytest
 from ebbtide.rpc import agent_pb2
 from tests.support.nbd import Client
 from tests.support.relay import Relay, relay
-from tests.support.stack import Host, Stack, eventually, free_port
+from tests.support.stack import Host, Stack, eventually, free_port, is_alive
 
 if TYPE_CHECKING:
     import random
@@ -188,6 +188,76 @@ def test_spoilt_spool_is_found_and_history_goes_on_behind_it(
             assert newest.read_all() == client.read_all()
     with stack.view("ward", at_seq=kept) as view, Client(view.volumes[0].nbd_uri) as old:
         assert old.read_all() == before
+
+
+def stop_source(stack: Stack, *, clean: bool) -> None:
+    """End agent and tap, as a machine that is shut down or loses power.
+
+    The agent goes first, or it would start the tap again.
+    """
+    tap = stack.source.source("ward").tap.pid
+    stack.source.kill(signal.SIGTERM if clean else signal.SIGKILL)
+    os.kill(tap, signal.SIGTERM if clean else signal.SIGKILL)
+    eventually(lambda: not is_alive(tap), what="the tap ends")
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_source_that_is_rolled_back_is_noticed(
+    linked: tuple[Stack, Relay], rng: random.Random, clean: bool
+) -> None:
+    """Volume, spool and state go back together: the source itself cannot see it.
+
+    After a clean stop the numbers that the target holds are given again; after a power cut new ones
+    lie above, and only what the target holds beyond the spool tells.
+    """
+    stack, link = linked
+    stack.protect("ward", {"disk": SIZE})
+
+    def write(count: int) -> None:
+        with Client(stack.uri("ward", "disk")) as client:
+            for _ in range(count):
+                client.pwrite(rng.randbytes(8192), rng.randrange(SIZE // 8192) * 8192)
+            client.flush()
+
+    def content() -> tuple[int, bytes]:
+        seq = stack.wait_durable("ward")
+        with Client(stack.uri("ward", "disk")) as client:
+            return seq, client.read_all()
+
+    write(40)
+    before = content()
+    stop_source(stack, clean=clean)
+    kept, places = stack.directory / "snapshot", ["source", "ward-disk.img"]
+    kept.mkdir()
+    for place in places:
+        subprocess.run(["cp", "-a", stack.directory / place, kept / place], check=True)
+    stack.source.start()
+    eventually(lambda: stack.is_copied("ward"), what="the tap serves")
+    write(20)
+    ahead = content()
+
+    link.cut()
+    stop_source(stack, clean=clean)
+    for place in places:
+        subprocess.run(["rm", "-rf", stack.directory / place], check=True)
+        subprocess.run(["mv", kept / place, stack.directory / place], check=True)
+    stack.source.start()
+    eventually(lambda: stack.is_copied("ward"), what="the tap serves")
+    write(60)
+    overlaps = stack.source.source("ward").tap.last_seq > ahead[0]
+    assert overlaps
+    link.mend()
+
+    def noticed() -> bool:
+        return any("rolled back" in text for text in stack.source.source("ward").notices)
+
+    eventually(noticed, what="the notice")
+    eventually(lambda: stack.is_copied("ward"), what="the copy ends")
+    newest = content()
+    for seq, wanted in (before, ahead, newest):
+        with stack.view("ward", at_seq=seq) as view, Client(view.volumes[0].nbd_uri) as shown:
+            assert shown.read_all() == wanted
+    assert newest[1] not in (before[1], ahead[1])
 
 
 def ip(*arguments: str) -> None:

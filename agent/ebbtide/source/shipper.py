@@ -294,33 +294,45 @@ class Shipper:
     async def _open(self, welcome: pb.Welcome) -> _native.LogReader:
         """A reader at the place to go on from, after what the two ends compare."""
         self._target_end = (welcome.last_seq, welcome.last_time_us)
-        if welcome.last_seq < self._record.durable_seq:
-            lost = (
-                f"{self.peer} holds history up to seq {welcome.last_seq}, but had acknowledged "
-                f"{self._record.durable_seq}: it lost some"
-            )
-            if not await self._start_anew(lost):
-                # Going on behind a hole would show states that never were.
-                raise RefusedError(f"{lost}; all volumes are copied once the tap records again")
-        end = self._tap.end
-        if end is not None and welcome.last_seq > end.last_seq:
-            # The spool lost what the target has: numbers must not be given twice.
-            self._note(f"{self.peer} is ahead (seq {welcome.last_seq}); a new incarnation begins")
-            await self._tap.new_incarnation(welcome.last_seq, welcome.last_time_us)
-        position = self._start
-        if position is None and welcome.HasField("resume"):
-            position = (welcome.resume.incarnation, welcome.resume.next_frame)
         reader = await self._thread.call(
             _native.LogReader,
             self._record.spool_dir,
             self._record.group_id,
             verify=self._suspicious,
         )
+        end = self._tap.end
+        parted = await self._parting(welcome, reader)
+        if parted and not await self._start_anew(parted):
+            # Going on behind a hole would show states that never were.
+            raise RefusedError(f"{parted}; all volumes are copied once the tap records again")
+        position = self._start
+        if position is None and welcome.HasField("resume"):
+            position = (welcome.resume.incarnation, welcome.resume.next_frame)
         await self._thread.call(reader.seek, position)
         self._window = max(welcome.window_bytes, BATCH_BYTES)
         self._read_bytes = self._tap.appended_bytes - (end.total_bytes if end else 0)
         # What is durable comes with the first acknowledgement: the welcome also counts what is not.
         return reader
+
+    async def _parting(self, welcome: pb.Welcome, reader: _native.LogReader) -> str:
+        """Why what the target holds is not the beginning of what we have; empty if it is."""
+        if welcome.last_seq < self._record.durable_seq:
+            return (
+                f"{self.peer} holds history up to seq {welcome.last_seq}, but had acknowledged "
+                f"{self._record.durable_seq}: it lost some"
+            )
+        if self._start is not None or not welcome.HasField("resume"):
+            return ""
+        resume = (welcome.resume.incarnation, welcome.resume.next_frame)
+        end = await self._tap.wait_end(None)
+        if await self._thread.call(reader.agrees, resume, welcome.last_digest, end):
+            return ""
+        # What we gave numbers to since may differ from what the target holds under the same ones,
+        # and what was written in between is not among the regions known to be dirty.
+        return (
+            f"{self.peer} holds history up to seq {welcome.last_seq} that this source does not "
+            "know: it was rolled back, or lost the end of its spool"
+        )
 
     async def _start_anew(self, reason: str) -> bool:
         """The lines parted: a new incarnation in a span that copies everything.

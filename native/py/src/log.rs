@@ -255,6 +255,23 @@ impl PyLogReader {
             .map_err(raise)
     }
 
+    /// Whether a log that ends at (incarnation, next frame), its last frame having `digest`, holds
+    /// nothing but what this one holds or held.
+    fn agrees(
+        &self,
+        py: Python<'_>,
+        at: (Vec<u8>, u32),
+        digest: &[u8],
+        end: &PyLogEnd,
+    ) -> PyResult<bool> {
+        let at = position(at)?;
+        let digest = digest
+            .try_into()
+            .map_err(|_| bad_request("a frame digest has 32 bytes"))?;
+        py.detach(|| self.reader.lock().agrees(&at, &digest, &end.0))
+            .map_err(raise)
+    }
+
     /// Next frames up to `end`, or None if there are none yet.
     fn next_batch(
         &self,

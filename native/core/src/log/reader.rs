@@ -17,6 +17,8 @@ use crate::format::segment::{SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::storage::{Directory, File};
 use crate::types::{FrameNo, GroupId, IncarnationId, Seq, TimeUs};
 
+mod agree;
+
 /// Attempts to open a segment that is being renamed under the reader.
 const OPEN_ATTEMPTS: usize = 8;
 

@@ -8,6 +8,7 @@ use super::testing::split;
 use super::{LogEnd, LogError, LogOptions, LogPosition, LogReader, LogWriter, RecoveryReport};
 use crate::storage::Directory;
 
+mod agree;
 mod basics;
 mod crash;
 mod damage;
