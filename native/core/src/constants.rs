@@ -48,6 +48,11 @@ pub const CHECKPOINT_INTERVAL_S: u64 = 30;
 pub const SEQ_RESERVE: u64 = 1 << 20;
 /// Dirty volume data that recovery re-emits at the head of the new incarnation.
 pub const RECOVERY_REEMIT_BYTES: u64 = 1 << 30;
+/// Regions of a volume that the copier passes over because they cannot be read whole. More is not a
+/// few bad places but a device that fails: the span stays open.
+pub const UNREADABLE_REGIONS_MAX: u64 = 16;
+/// Seconds between two attempts to read them again: each may take a disk long.
+pub const UNREADABLE_RETRY_S: u64 = 60;
 /// Volumes of one group: the index is 16 bits on disk, and a group shares one order.
 pub const VOLUMES_MAX: usize = 1024;
 /// Largest volume: 16 TiB is asked for, 1 PiB is what 38 bits of block index hold.

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::core::{TapCore, read_blocks};
 use super::queue::{Kind, Mode, Placed, Want};
+use super::unreadable;
 use super::volume::Volume;
-use crate::constants::{BLOCK_SIZE, RECOVERY_REEMIT_BYTES, REGION_BYTES};
+use crate::constants::{BLOCK_SIZE, RECOVERY_REEMIT_BYTES, REGION_BYTES, UNREADABLE_RETRY_S};
 use std::sync::atomic::Ordering;
 
 const REGION_BLOCKS: u64 = REGION_BYTES / BLOCK_SIZE as u64;
 /// Regions of a hole that one record and one range lock cover: half of the lock's window.
 const HOLE_REGIONS: u64 = 128;
-/// Wait after a region that cannot be read.
+/// Wait after a region that cannot be read while there are many of them.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// How one step went.
@@ -44,12 +45,14 @@ pub fn run(core: &TapCore) {
         };
         if !work {
             pace.idle(core);
-            core.copier.wait(Duration::from_secs(60));
+            core.copier.wait(Duration::from_secs(UNREADABLE_RETRY_S));
+            unreadable::try_again(core);
             continue;
         }
         if left == 0 {
             core.ensure_numbers();
-            if core.queue.end_span().is_some() {
+            let missing = core.volumes.iter().map(|v| v.unreadable.bytes()).sum();
+            if core.queue.end_span(missing).is_some() {
                 core.checkpointer.ring();
             } else {
                 core.copier.wait(Duration::from_millis(100));
@@ -87,8 +90,18 @@ fn step(core: &TapCore, cursor: &mut Cursor) -> Step {
     };
     cursor.region = region + count;
     match copy(core, volume, region, count) {
-        Ok(true) => Step::Copied(count * REGION_BYTES),
+        Ok(true) => {
+            volume.unreadable.forget(region, region + count);
+            Step::Copied(count * REGION_BYTES)
+        }
         Ok(false) => Step::Nothing,
+        Err(_) if volume.unreadable.has_room(region) => {
+            if unreadable::copy_around(core, volume, region) {
+                Step::Copied(count * REGION_BYTES)
+            } else {
+                Step::Nothing
+            }
+        }
         Err(error) => {
             let name = &volume.config.name;
             core.notice(format!(

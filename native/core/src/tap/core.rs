@@ -369,7 +369,7 @@ impl TapCore {
         for (volume, queued) in self.volumes.iter().zip(self.queue.volumes().iter()) {
             let kept = volume
                 .intent
-                .end_checkpoint(|word| queued.to_copy.word(word));
+                .end_checkpoint(|word| queued.to_copy.word(word) | volume.unreadable.word(word));
             if kept.is_err() {
                 self.notice(format!(
                     "volume {}: the bitmap cannot be written",

@@ -33,6 +33,7 @@ mod range_lock;
 mod ring;
 mod start;
 pub mod state;
+mod unreadable;
 mod volume;
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::backing::Backing;
 use super::completion::CompletionCache;
 use super::intent::IntentBitmap;
 use super::range_lock::RangeLock;
+use super::unreadable::Unreadable;
 use crate::constants::BLOCK_SIZE;
 use crate::device::DeviceError;
 
@@ -24,6 +25,7 @@ pub struct Volume {
     pub ranges: RangeLock,
     pub completion: CompletionCache,
     pub intent: IntentBitmap,
+    pub unreadable: Unreadable,
     sync: GroupSync,
     /// Changes of the backing that have returned. Starts at 1: an earlier process may have written
     /// what was never synced.
@@ -55,6 +57,7 @@ impl Volume {
         Self {
             slot,
             size: backing.size(),
+            unreadable: Unreadable::new(backing.size()),
             config,
             backing,
             ranges: RangeLock::default(),

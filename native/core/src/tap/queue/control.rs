@@ -183,18 +183,30 @@ impl Queue {
     /// Returns whether the span's begin could be placed.
     pub fn begin_span(&self, state: &mut QueueState, cause: Cause) -> bool {
         let placed = self.push_control(state, RecordBody::SpanBegin { cause }, false);
-        if let Some((seq, _)) = placed {
+        if let Some((seq, time)) = placed {
             state.in_span = Some(cause);
-            state.span_seq = seq.0;
+            (state.span_seq, state.span_time) = (seq.0, time.0);
         }
         placed.is_some()
     }
 
-    /// Ends the span if nothing is left to copy.
-    pub fn end_span(&self) -> Option<Seq> {
+    /// Ends the span if nothing is left to copy. `missing`: bytes that the copier could not read; a
+    /// GAP names them, for which no number was given.
+    pub fn end_span(&self, missing: u64) -> Option<Seq> {
         let mut state = self.state.lock();
         if state.in_span.is_none() || state.copy_left > 0 {
             return None;
+        }
+        if missing > 0 {
+            let own = Seq(state.next_seq);
+            let gap = RecordBody::Gap {
+                cause: Cause::BackingError,
+                first_seq: own,
+                end_seq: own,
+                first_time: TimeUs(state.span_time),
+                bytes: missing,
+            };
+            self.push_control(&mut state, gap, false)?;
         }
         let (seq, _) = self.push_control(&mut state, RecordBody::SpanEnd, false)?;
         state.in_span = None;

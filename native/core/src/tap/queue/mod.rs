@@ -207,6 +207,7 @@ impl Queue {
             gap: None,
             in_span: None,
             span_seq: 0,
+            span_time: 0,
             wants_numbers: false,
             copy_left,
             copy_total: copy_left,

@@ -37,6 +37,8 @@ pub struct QueueState {
     pub in_span: Option<Cause>,
     /// Seq of the newest SPAN_BEGIN or SPAN_END.
     pub span_seq: u64,
+    /// Time of the newest SPAN_BEGIN.
+    pub(super) span_time: u64,
     /// Somebody waits for the state file to reserve more.
     pub wants_numbers: bool,
     pub copy_left: u64,

@@ -9,3 +9,4 @@ mod order;
 mod replay;
 mod rig;
 mod starting;
+mod unreadable;
