@@ -7,6 +7,7 @@ use super::entry::Content;
 use super::event::Event;
 use super::names::SegmentKey;
 use super::opening::open_file;
+use super::points::Span;
 use super::run::{Patience, Run};
 use super::walk::SegmentFile;
 use super::{HistoryError, Version};
@@ -33,6 +34,8 @@ pub struct History {
     pub(super) files: Cache<usize, SegmentFile>,
     /// By seq.
     pub(super) events: Vec<Event>,
+    /// Stretches without recovery points, oldest first; they do not overlap.
+    pub(super) spans: Vec<Span>,
     /// Volumes whose records retention has taken: they were there before history begins.
     pub(super) older_volumes: Vec<(VolumeIndex, String, u64)>,
     pub(super) incarnations: Vec<Incarnation>,

@@ -186,12 +186,14 @@ impl<'a> Opening<'a> {
             files: Cache::new(OPEN_FILES_MAX),
             older_volumes: older_volumes(&manifest, &self.events),
             events: self.events,
+            spans: Vec::new(),
             incarnations: Vec::new(),
             horizon_seq: Seq(manifest.horizon_seq),
             findings: self.findings,
             cut: self.cut,
             _lock: self.lock,
         };
+        history.spans = history.find_spans();
         history.incarnations = name_incarnations(&history, &manifest)?;
         Ok(history)
     }

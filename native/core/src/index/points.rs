@@ -5,7 +5,7 @@
 //! is a mixture until the copier has emitted what was missed. Nothing before the first copy's end
 //! is a recovery point either, nor is a history without any data.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::event::{Event, EventKind};
 use super::history::{History, Incarnation};
@@ -16,7 +16,8 @@ use crate::types::{FrameNo, Seq, TimeUs, VolumeIndex};
 /// A stretch without recovery points.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
-    /// First record of the span; seq 0 if it reaches back to the beginning of history.
+    /// First record of the span, or of the incarnation that it opens; seq 0 if it reaches back to
+    /// the beginning of history.
     pub first: Point,
     /// Last record, itself a recovery point; None while the span is open.
     pub last: Option<Point>,
@@ -125,8 +126,7 @@ impl History {
             Some(last) => self.consistent(last)?,
             None => None,
         };
-        let spans = self.spans();
-        let inside = |seq: Seq| spans.iter().any(|span| span.covers(seq));
+        let inside = |seq: Seq| self.span_around(seq).is_some();
         let oldest = self.oldest()?;
         let mut timeline = Timeline {
             oldest,
@@ -159,7 +159,7 @@ impl History {
                 _ => {}
             }
         }
-        timeline.spans = spans;
+        timeline.spans.clone_from(&self.spans);
         Ok(timeline)
     }
 
@@ -301,13 +301,15 @@ impl History {
         }))
     }
 
-    /// The stretches without recovery points, oldest first.
-    pub(super) fn spans(&self) -> Vec<Span> {
+    /// Finds the stretches without recovery points, oldest first.
+    pub(super) fn find_spans(&self) -> Vec<Span> {
         let mut spans: Vec<Span> = Vec::new();
         let mut open: Option<Span> = self.lacks_its_beginning().then_some(Span::ALL);
         // Only a first copy makes up for a beginning that is not held.
         let mut needs_copy = open.is_some();
-        for event in &self.events {
+        let older = self.older_volumes.iter().map(|(index, ..)| *index);
+        let mut volumes: BTreeSet<VolumeIndex> = older.collect();
+        for (place, event) in self.events.iter().enumerate() {
             let cause = match event.kind {
                 EventKind::SpanBegin { cause } => cause,
                 EventKind::Gap { cause, bytes, .. } if bytes > 0 => cause,
@@ -320,6 +322,10 @@ impl History {
                     spans.push(span);
                     continue;
                 }
+                EventKind::Volume { index, .. } => {
+                    volumes.insert(index);
+                    continue;
+                }
                 _ => continue,
             };
             let copies = cause == Cause::FirstCopy as u8;
@@ -330,12 +336,14 @@ impl History {
                 }
                 continue;
             }
-            let mut first = point(event);
             // What precedes all data is no state of the volumes at all.
             let blank = self.first_data_seq().is_none_or(|data| event.seq < data);
-            if blank && spans.is_empty() {
-                first = BEGINNING;
-            }
+            let first = if blank && spans.is_empty() {
+                BEGINNING
+            } else {
+                let before = place.checked_sub(1).map(|place| &self.events[place]);
+                self.head_of(event, before, volumes.len())
+            };
             open = Some(Span {
                 first,
                 last: None,
@@ -346,14 +354,45 @@ impl History {
         spans
     }
 
+    /// Where a span begins that an event opens. At the head of an incarnation the VOLUME records
+    /// before it, and a GAP that lost nothing, belong to it: what history shows there is older than
+    /// their time says.
+    fn head_of(&self, opening: &Event, before: Option<&Event>, volumes: usize) -> Point {
+        let number = self
+            .segments
+            .partition_point(|segment| segment.first_seq <= opening.seq);
+        let Some(segment) = number.checked_sub(1).map(|number| &self.segments[number]) else {
+            return point(opening);
+        };
+        let gap = before.is_some_and(|before| {
+            before.seq.0 + 1 == opening.seq.0
+                && match before.kind {
+                    EventKind::Gap { .. } => true,
+                    _ => false,
+                }
+        });
+        // Not more records than there are volumes: each incarnation lists all of them first.
+        let head = volumes as u64 + u64::from(gap);
+        if segment.key.first_frame == FrameNo(0) && opening.seq.0 - segment.first_seq.0 <= head {
+            Point {
+                seq: segment.first_seq,
+                time: segment.first_time,
+            }
+        } else {
+            point(opening)
+        }
+    }
+
     /// History whose first frames are gone shows no whole state.
     fn lacks_its_beginning(&self) -> bool {
         let first = self.segments.first();
         first.is_some_and(|s| s.key.ordinal > 1 || s.key.first_frame > FrameNo(0))
     }
 
-    fn span_around(&self, seq: Seq) -> Option<Span> {
-        self.spans().into_iter().find(|span| span.covers(seq))
+    fn span_around(&self, seq: Seq) -> Option<&Span> {
+        let begun = self.spans.partition_point(|span| span.first.seq <= seq);
+        let newest = begun.checked_sub(1).map(|number| &self.spans[number]);
+        newest.filter(|span| span.covers(seq))
     }
 
     fn gap_around(&self, time: TimeUs) -> bool {
@@ -365,10 +404,8 @@ impl History {
 
     /// First seq that any recovery point can have.
     fn floor(&self) -> Option<Seq> {
-        let copied = self
-            .spans()
-            .into_iter()
-            .find_map(|span| span.last.map(|last| last.seq));
+        let ends = self.spans.iter().filter_map(|span| span.last);
+        let copied = ends.map(|last| last.seq).next();
         let begun = match (self.first_data_seq(), copied) {
             (Some(data), Some(copied)) => data.min(copied),
             (Some(seq), None) | (None, Some(seq)) => seq,
@@ -382,7 +419,7 @@ impl History {
         let Some(mut seq) = self.floor() else {
             return Ok(None);
         };
-        for span in self.spans() {
+        for span in &self.spans {
             if span.covers(seq) {
                 match span.last {
                     Some(last) => seq = last.seq,

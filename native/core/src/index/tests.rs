@@ -323,7 +323,7 @@ fn no_point_inside_a_span_is_offered() {
     recorder.event(RecordBody::Bookmark {
         label: "good".into(),
     });
-    let (last_good, _) = recorder.event(RecordBody::Barrier);
+    let (last_good, last_good_at) = recorder.event(RecordBody::Barrier);
     recorder.incarnation(&[SIZE, SIZE]);
     let before_span = recorder.seq;
     let (begun, _) = recorder.span_begin(Cause::UncleanStop);
@@ -334,15 +334,17 @@ fn no_point_inside_a_span_is_offered() {
     recorder.close();
     let open = history(&recorder);
     let at = |history: &History, spec: &PointSpec, exact| seq_of(history.resolve(spec, exact));
-    assert_eq!(at(&open, &spec_newest, true).unwrap(), before_span.0);
+    // Not the VOLUME records at the head: their time lies behind what history shows there.
+    assert_eq!(at(&open, &spec_newest, true).unwrap(), last_good.0);
     let bookmark = |label: &str| PointSpec::Bookmark(label.into());
+    assert_eq!(at(&open, &bookmark("inside"), false).unwrap(), last_good.0);
     assert_eq!(
-        at(&open, &bookmark("inside"), false).unwrap(),
-        before_span.0
+        at(&open, &PointSpec::AtSeq(before_span), false).unwrap(),
+        last_good.0
     );
     let refused = open.resolve(&bookmark("inside"), true);
     assert!(
-        matches!(refused, Err(HistoryError::InsideSpan { last: Some(p) }) if p.seq == before_span)
+        matches!(refused, Err(HistoryError::InsideSpan { last: Some(p) }) if p.seq == last_good)
     );
     // Older points open at all times.
     assert_eq!(
@@ -379,7 +381,11 @@ fn no_point_inside_a_span_is_offered() {
             time: copied_at
         })
     );
-    assert_eq!(timeline.newest.map(|point| point.seq), Some(before_span));
+    let newest = Point {
+        seq: last_good,
+        time: last_good_at,
+    };
+    assert_eq!(timeline.newest, Some(newest));
     assert_eq!(
         timeline.last_record.map(|point| point.seq),
         Some(recorder.seq)
@@ -394,7 +400,8 @@ fn no_point_inside_a_span_is_offered() {
     assert_eq!(timeline.spans[0].first.seq, Seq(0));
     assert_eq!(
         (timeline.spans[1].first.seq, timeline.spans[1].last),
-        (begun, None)
+        (Seq(begun.0 - 2), None),
+        "from the first VOLUME record on"
     );
     assert_eq!(timeline.incarnations.len(), 2);
 
@@ -404,11 +411,11 @@ fn no_point_inside_a_span_is_offered() {
     assert_eq!(at(&closed, &spec_newest, true).unwrap(), ended.0);
     assert_eq!(
         at(&closed, &PointSpec::At(resynced_at), false).unwrap(),
-        before_span.0
+        last_good.0
     );
     assert_eq!(
         at(&closed, &PointSpec::AtSeq(resynced), false).unwrap(),
-        before_span.0
+        last_good.0
     );
 }
 
@@ -427,7 +434,6 @@ fn a_gap_hides_everything_until_what_was_missed_is_copied() {
         bytes: 77,
     };
     let (gap_seq, gap_at) = recorder.event(gap);
-    let before_gap = gap_seq.0 - 1;
     recorder.write(0, 1, &[2], false);
     recorder.span_begin(Cause::SpoolFull);
     recorder.write(0, 2, &[3], true);
@@ -438,11 +444,11 @@ fn a_gap_hides_everything_until_what_was_missed_is_copied() {
     assert_eq!(at(PointSpec::Newest, true).unwrap(), ended.0);
     assert_eq!(
         at(PointSpec::AtSeq(Seq(ended.0 - 1)), false).unwrap(),
-        before_gap
+        good.0
     );
     assert_eq!(
         at(PointSpec::AtSeq(Seq(gap_seq.0 + 1)), false).unwrap(),
-        before_gap
+        good.0
     );
     let in_gap = PointSpec::At(TimeUs(first_time.0 + 1));
     assert_eq!(at(in_gap.clone(), false).unwrap(), good.0);
@@ -460,6 +466,21 @@ fn a_gap_hides_everything_until_what_was_missed_is_copied() {
         cause: Cause::SpoolFull as u8,
     };
     assert_eq!(timeline.gaps, [expected]);
+}
+
+/// A span that does not open its incarnation leaves every point before it.
+#[test]
+fn a_span_amid_an_incarnation_begins_with_its_first_record() {
+    let mut recorder = recorder(100);
+    let (good, _) = recorder.write(0, 0, &[1], false);
+    let (begun, _) = recorder.span_begin(Cause::BackingError);
+    recorder.write(0, 2, &[3], true);
+    recorder.close();
+    let history = history(&recorder);
+    let newest = seq_of(history.resolve(&PointSpec::Newest, true)).unwrap();
+    assert_eq!(newest, good.0);
+    let spans = history.timeline().unwrap().spans;
+    assert_eq!(spans[0].first.seq, begun);
 }
 
 #[test]
