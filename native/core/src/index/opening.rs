@@ -123,6 +123,18 @@ fn is_hex_of(text: &str, digest: &Digest) -> bool {
     text.len() == 2 * digest.len() && digits.iter().map(byte).eq(digest.iter().map(|b| Some(*b)))
 }
 
+/// What is known of the bytes of a segment before they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// They were checked when they were appended.
+    Full,
+    /// Nobody vouches for them. A later segment exists, so they do not end in a torn tail: behind
+    /// a bad frame history would have a hole.
+    Complete,
+    /// The newest of all, without a writer: where they are bad, history just ends.
+    Tail,
+}
+
 /// History in the making.
 struct Opening<'a> {
     directory: Arc<dyn Directory>,
@@ -215,7 +227,7 @@ impl<'a> Opening<'a> {
                 let key = key_of(entry);
                 let segment = open_file(self.directory.as_ref(), &key.file_name())?;
                 // The manifest has the events of sealed segments.
-                let indexed = self.index(key.ordinal, &segment, entry.bytes, false)?;
+                let indexed = self.index(key.ordinal, &segment, entry.bytes, Trust::Full)?;
                 if let Some(indexed) = indexed {
                     self.take(indexed, segment, false);
                 }
@@ -276,6 +288,7 @@ impl<'a> Opening<'a> {
         }
         found.retain(|(ordinal, first, _)| behind.is_none_or(|behind| (*ordinal, *first) > behind));
         found.sort_unstable();
+        let newest_file = found.last().map(|(ordinal, first, _)| (*ordinal, *first));
         for (ordinal, first_frame, name) in found {
             let segment = open_file(self.directory.as_ref(), &name)?;
             let file_len = segment.file.len().map_err(read_failed)?;
@@ -284,11 +297,13 @@ impl<'a> Opening<'a> {
             let place = Some((ordinal, first_frame));
             // What lies before the published end was checked when it was appended; what lies
             // behind it, or has no writer that vouches for it, is checked here.
-            let (limit, whole) = match published {
-                Some((end, _)) if place == newest => (end.committed_len.min(file_len), false),
-                _ => (file_len, place > newest || newest.is_none()),
+            let (limit, trust) = match published {
+                Some((end, _)) if place == newest => (end.committed_len.min(file_len), Trust::Full),
+                Some(_) if place < newest => (file_len, Trust::Full),
+                _ if place == newest_file => (file_len, Trust::Tail),
+                _ => (file_len, Trust::Complete),
             };
-            let indexed = self.index(ordinal, &segment, limit, whole)?;
+            let indexed = self.index(ordinal, &segment, limit, trust)?;
             if let Some(indexed) = indexed {
                 self.take(indexed, segment, true);
             }
@@ -304,8 +319,9 @@ impl<'a> Opening<'a> {
         ordinal: u32,
         segment: &SegmentFile,
         limit: u64,
-        whole: bool,
+        trust: Trust,
     ) -> Result<Option<Indexed>, HistoryError> {
+        let whole = trust != Trust::Full;
         let stopped = match index_segment(self.group, ordinal, segment, limit, whole) {
             Ok(indexed) => return Ok(indexed),
             Err(stopped) => *stopped,
@@ -314,11 +330,12 @@ impl<'a> Opening<'a> {
             return Err(stopped.error.into());
         };
         let name = &segment.name;
-        let tail = if whole { "a torn tail" } else { "damage" };
+        let torn = trust == Trust::Tail;
+        let tail = if torn { "a torn tail" } else { "damage" };
         self.findings.push(format!(
             "history ends at {tail}: {name} at byte {offset}: {source}"
         ));
-        if !whole {
+        if !torn {
             self.cut = Some(Cut {
                 segment: name.clone(),
                 offset,

@@ -762,6 +762,45 @@ fn damage_in_a_table_without_a_run_is_located_and_older_points_open() {
 }
 
 #[test]
+fn damage_amid_segments_that_nobody_vouches_for_is_no_torn_tail() {
+    let directory = MemoryDirectory::new();
+    let shared: Arc<dyn Directory> = Arc::new(directory.clone());
+    let mut recorder = Recorder::new(shared, Suite::Aes256Gcm, options(4));
+    recorder.incarnation(&[SIZE]);
+    let mut seqs = Vec::new();
+    for round in 0..12u32 {
+        seqs.push(recorder.write(0, u64::from(round), &[round + 1], false).0);
+        recorder.close();
+    }
+    recorder.settle();
+    // Sealed a moment ago: the manifest does not name them yet.
+    let bare = directory.fork();
+    bare.remove("MANIFEST").unwrap();
+    for run in recorder.files(".run") {
+        bare.remove(&run).unwrap();
+    }
+    let open = |directory: &MemoryDirectory| {
+        History::open(Arc::new(directory.clone()), GROUP, None).unwrap()
+    };
+    let newest = open(&bare).resolve(&PointSpec::Newest, true).unwrap();
+    assert_eq!(newest.seq, recorder.seq);
+    let segments = recorder.files(".seg");
+    assert!(segments.len() > 2, "{segments:?}");
+    let mut bytes = bare.content(&segments[1]).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    bare.place(&segments[1], &bytes);
+    let history = open(&bare);
+    let refused = history.resolve(&PointSpec::Newest, false);
+    let Err(HistoryError::Log(crate::log::LogError::Damaged { segment, .. })) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(segment, segments[1]);
+    let older = history.resolve(&PointSpec::AtSeq(seqs[2]), true).unwrap();
+    assert_eq!(older.seq, seqs[2]);
+}
+
+#[test]
 fn differences_are_shown() {
     assert_eq!(differences(&[1, 2], &[1, 3]).len(), 1);
 }
