@@ -30,6 +30,12 @@ pub const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 pub const SEGMENT_RECORDS_MAX: u64 = 256 * 1024;
 /// ... or at this age.
 pub const SEGMENT_AGE_S: u64 = 600;
+/// Events that a segment brings before it is sealed early.
+pub const SEGMENT_EVENTS_MAX: usize = 4096;
+/// Events that a manifest lists: it is written anew with every segment, and about 4 MB then.
+pub const EVENTS_MAX: usize = 32 * 1024;
+/// Of these, changes of volumes, which are never left out: a log with more is refused.
+pub const VOLUME_CHANGES_MAX: usize = EVENTS_MAX / 2;
 /// Cells that a reader may have to open for one block, references of references included.
 pub const REFERENCE_CELLS_MAX: usize = 32;
 /// Raw bytes that wait for the encoder before writers are slowed.

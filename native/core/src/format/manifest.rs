@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::FormatError;
 use super::layout::{self, Field, Format, covers};
+use crate::constants::{EVENTS_MAX, VOLUME_CHANGES_MAX};
 
 pub const MANIFEST_MAGIC: [u8; 8] = *b"EBBMANIF";
 pub const MANIFEST_VERSION: u16 = 1;
@@ -36,8 +37,12 @@ pub const LAYOUT: &[Field] = &[
     CHECKSUM,
 ];
 
-/// Limits that a reader checks; the page holds the same table.
-pub const LIMIT_VALUES: &[(&str, u64)] = &[("MANIFEST_BODY_MAX", MANIFEST_BODY_MAX as u64)];
+/// Limits of reader and writer; the page holds the same table.
+pub const LIMIT_VALUES: &[(&str, u64)] = &[
+    ("MANIFEST_BODY_MAX", MANIFEST_BODY_MAX as u64),
+    ("EVENTS_MAX", EVENTS_MAX as u64),
+    ("VOLUME_CHANGES_MAX", VOLUME_CHANGES_MAX as u64),
+];
 
 const _: () = assert!(covers(LAYOUT, MANIFEST_HEADER_LEN));
 

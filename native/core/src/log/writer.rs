@@ -16,6 +16,7 @@ use super::synced::SyncedFile;
 use super::{
     Home, LogEnd, LogError, LogOptions, LogPosition, RecoveryReport, digest_hex, digest_of, events,
 };
+use crate::constants::SEGMENT_EVENTS_MAX;
 use crate::format::frame::{Digest, FrameHeader};
 use crate::format::manifest::{EventEntry, Manifest, SegmentEntry};
 use crate::format::segment::{SEGMENT_HEADER_LEN, SegmentHeader};
@@ -288,10 +289,14 @@ impl LogWriter {
     }
 
     fn write(&mut self, mut batch: Admitted, frames: &[u8]) -> Result<(), LogError> {
+        if !batch.events.is_empty() {
+            events::check(&self.catalog.inner.lock().manifest, &batch.events)?;
+        }
         let fresh = &frames[batch.skip..];
         let due = self.open.as_ref().is_some_and(|open| {
             open.entry.bytes + fresh.len() as u64 > self.options.segment_bytes_max
                 || open.entry.records + batch.records > self.options.segment_records_max
+                || open.events.len() + batch.events.len() > SEGMENT_EVENTS_MAX
                 || open.since.elapsed() >= self.options.segment_age
         });
         if due || self.open.is_none() {

@@ -12,6 +12,7 @@ mod agree;
 mod basics;
 mod crash;
 mod damage;
+mod events;
 mod refuse;
 mod space;
 
