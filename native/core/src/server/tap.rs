@@ -23,7 +23,7 @@ use crate::device::BlockDevice;
 use crate::log::{LogEnd, LogPosition};
 use crate::nbd;
 use crate::tap::{Tap, TapParts};
-use crate::types::{FrameNo, IncarnationId, Seq, TimeUs, VolumeIndex};
+use crate::types::{FrameNo, IncarnationId, Seq, TimeUs};
 
 /// Runs a tap server until it is told to stop. `launch` is an encoded `TapLaunch`.
 ///
@@ -202,17 +202,6 @@ impl Handler for TapServer {
             Verb::NewIncarnation(request) => {
                 let (seq, time) = (Seq(request.above_seq), TimeUs(request.above_time_us));
                 self.tap.new_incarnation(seq, time, request.copy)?;
-                Ok(Reply::done())
-            }
-            Verb::CopyVolume(request) => {
-                let index = u16::try_from(request.volume).ok().map(VolumeIndex);
-                let index = index.filter(|index| self.tap.device(*index).is_some());
-                let missing = || {
-                    let message = format!("the group has no volume {}", request.volume);
-                    let exit = super::ExitCode::NotFound;
-                    Failure::new("not-found", exit, message, "ebb status lists the volumes")
-                };
-                self.tap.copy_volume(index.ok_or_else(missing)?)?;
                 Ok(Reply::done())
             }
             Verb::AttachFuse(request) => {

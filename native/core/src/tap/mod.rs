@@ -355,28 +355,6 @@ impl Tap {
         }
     }
 
-    /// Copies a whole volume again in an inconsistent span (first copy, repair).
-    pub fn copy_volume(&self, volume: VolumeIndex) -> Result<(), TapError> {
-        let core = &self.core;
-        let slot = core
-            .volumes
-            .iter()
-            .position(|known| known.config.index == volume);
-        let slot = slot.ok_or_else(|| TapError::State(format!("no volume {}", volume.0)))?;
-        let slots = slot..slot + 1;
-        let _turn = core.span_turn.lock();
-        core.prepare_copy(slots.clone(), (Seq(0), TimeUs(0)), Some(Cause::Requested))
-            .map_err(|error| state_failed(&error))?;
-        let mut state = core.queue.lock();
-        core.mark_volumes(&mut state, slots);
-        if state.mode == Mode::Recording && state.in_span.is_none() {
-            core.queue.begin_span(&mut state, Cause::Requested);
-        }
-        drop(state);
-        core.copier.ring();
-        Ok(())
-    }
-
     /// Stops: drains, makes durable, leaves the clean marker. Further requests fail.
     pub fn stop(&self) -> Result<(), TapError> {
         let mut stopped = self.stopped.lock();

@@ -10,7 +10,7 @@ use crate::format::record::{Cause, RecordBody};
 use crate::log::{LogEnd, LogPosition};
 use crate::storage::Loss;
 use crate::tap::{Tap, TapConfig, TapError};
-use crate::types::{Seq, TimeUs, VolumeIndex};
+use crate::types::{Seq, TimeUs};
 
 fn real(directory: &std::path::Path, bytes: u64) -> TapConfig {
     let mut config = Rig::new(&[4096]).config();
@@ -266,24 +266,6 @@ fn incarnation_with_a_copy_begins_with_the_span_of_it() {
         }
     }
     assert!(copied.iter().flatten().all(|copied| *copied));
-}
-
-#[test]
-fn copy_volume_copies_it_again_in_a_span() {
-    let rig = Rig::new(&[2 << 20, 3 << 20]);
-    let tap = rig.start();
-    settle(&tap);
-    device(&tap, 1).write(&[5; 10_000], 70_000, WAITS).unwrap();
-    tap.copy_volume(VolumeIndex(1)).unwrap();
-    assert!(tap.copy_volume(VolumeIndex(9)).is_err());
-    let replay = rig.check(&tap);
-    let cause = Cause::Requested;
-    assert!(
-        replay
-            .bodies()
-            .any(|body| *body == RecordBody::SpanBegin { cause })
-    );
-    eventually("clean regions", || tap.status().dirty_regions <= 1);
 }
 
 #[test]
