@@ -40,6 +40,9 @@ pub const VOLUME_CHANGES_MAX: usize = EVENTS_MAX / 2;
 pub const REFERENCE_CELLS_MAX: usize = 32;
 /// Raw bytes that wait for the encoder before writers are slowed.
 pub const ENCODER_QUEUE_BYTES: usize = 64 << 20;
+/// The least of that under a small memory limit: one largest record and what is left unused before
+/// it at the ring's end, twice, so that writers and encoder need not take turns.
+pub const ENCODER_QUEUE_BYTES_MIN: usize = 4 * RECORD_BLOCKS_MAX * BLOCK_SIZE;
 /// Without progress for this long the encoder counts as stuck and history gets a gap.
 pub const ENCODER_STUCK_MS: u64 = 2000;
 /// A frame waits this long for company unless somebody waits for it.

@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::constants::ENCODER_QUEUE_BYTES_MIN;
 use rustix::mm::{MlockAllFlags, mlockall};
 
 /// Share of the available memory that one cache may have by itself: 1/8. Encoder queue, front ends
@@ -81,7 +82,21 @@ pub fn available_memory() -> u64 {
 
 /// The bytes that a cache may have: what is configured, or less where memory is short.
 pub fn cache_limit(configured: u64) -> usize {
-    usize::try_from(configured.min(available_memory() / CACHE_SHARE)).unwrap_or(usize::MAX)
+    share_of(available_memory(), configured, 0)
+}
+
+/// The bytes that the encoder's queue may have: it works with less, but not with none.
+pub fn queue_limit(configured: usize) -> usize {
+    share_of(
+        available_memory(),
+        configured as u64,
+        ENCODER_QUEUE_BYTES_MIN,
+    )
+}
+
+fn share_of(available: u64, configured: u64, least: usize) -> usize {
+    let share = configured.min(available / CACHE_SHARE);
+    usize::try_from(share).unwrap_or(usize::MAX).max(least)
 }
 
 fn physical_memory() -> u64 {
@@ -198,5 +213,14 @@ mod tests {
         assert!(available > 0);
         assert_eq!(cache_limit(4096), 4096);
         assert_eq!(cache_limit(u64::MAX) as u64, available / CACHE_SHARE);
+    }
+
+    #[test]
+    fn the_queue_takes_a_record_however_little_memory_there_is() {
+        let limit = |available| share_of(available, 64 << 20, ENCODER_QUEUE_BYTES_MIN);
+        assert_eq!(limit(1 << 20), ENCODER_QUEUE_BYTES_MIN);
+        assert_eq!(limit(256 << 20), 32 << 20);
+        assert_eq!(limit(u64::MAX), 64 << 20);
+        assert!(queue_limit(1) >= ENCODER_QUEUE_BYTES_MIN);
     }
 }

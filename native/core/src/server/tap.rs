@@ -52,7 +52,7 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
 
     let volumes = config.volumes.clone();
     let mut parts = TapParts::real(&config)?;
-    parts.queue_bytes = memory::cache_limit(parts.queue_bytes as u64);
+    parts.queue_bytes = memory::queue_limit(parts.queue_bytes);
     if memory::must_avoid_page_cache() {
         memory::keep_memory();
         notices.push("direct I/O: memory is shared and this process is no I/O flusher".into());
