@@ -56,8 +56,8 @@ impl Queue {
         if let Some(gap) = &mut state.gap {
             gap.bytes += lost_bytes;
         }
-        state.lost_from = first.map_or(state.next_seq, |(seq, _)| seq);
-        state.lost_before = state.next_seq;
+        let from = first.map_or(state.next_seq, |(seq, _)| seq);
+        state.lose(from, state.next_seq);
         self.work.notify_all();
     }
 

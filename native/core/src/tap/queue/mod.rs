@@ -33,6 +33,8 @@ pub use state::QueueState;
 pub const ENTRIES_MAX: usize = 32_768;
 /// Of these, places kept for control records, which never wait.
 const ENTRIES_CONTROL: usize = 4096;
+/// Gaps whose lost records are told from one another; the oldest two become one.
+const LOST_RANGES_MAX: usize = 64;
 /// Records of one frame: its table stays far below the frame's limit.
 const BATCH_RECORDS_MAX: usize = 8192;
 /// `wake_blocks` while no encoder thread sleeps.
@@ -201,7 +203,7 @@ impl Queue {
             wake_blocks: AWAKE,
             urgent: 0,
             spooled: next_seq.0.max(1) - 1,
-            lost_from: 0,
+            lost: VecDeque::new(),
             lost_before: 0,
             mode: Mode::Recording,
             gap: None,
@@ -436,7 +438,7 @@ impl Queue {
             self.hurry(&mut state, seq);
         }
         loop {
-            if (state.lost_from..state.lost_before).contains(&seq.0) {
+            if state.has_lost(seq.0) {
                 return Ok(false);
             }
             if state.spooled >= seq.0 {

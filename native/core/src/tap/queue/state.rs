@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::{AWAKE, ENTRIES_CONTROL, ENTRIES_MAX, Entry, Mode, QueueVolume, Want, regions};
+use super::{
+    AWAKE, ENTRIES_CONTROL, ENTRIES_MAX, Entry, LOST_RANGES_MAX, Mode, QueueVolume, Want, regions,
+};
 use crate::format::record::{Cause, RecordBody};
 use crate::tap::clock::Clock;
 use crate::tap::state::OpenGap;
@@ -29,8 +31,10 @@ pub struct QueueState {
     pub(super) wake_blocks: u64,
     pub(super) urgent: u64,
     pub spooled: u64,
-    /// Records `[lost_from, lost_before)` were given up, the last time that happened.
-    pub(super) lost_from: u64,
+    /// Records `[from, before)` that were given up, oldest first. A waiter may sleep through several
+    /// gaps and must still learn that its record is in one of them.
+    pub(super) lost: VecDeque<(u64, u64)>,
+    /// End of the newest of them.
     pub(super) lost_before: u64,
     pub mode: Mode,
     pub gap: Option<OpenGap>,
@@ -117,6 +121,29 @@ impl QueueState {
         let fresh = volumes[usize::from(slot)].to_copy.set(first, end);
         self.copy_left += fresh;
         self.copy_total += fresh;
+    }
+
+    /// Notes that records were given up.
+    pub(super) fn lose(&mut self, from: u64, before: u64) {
+        self.lost_before = before;
+        match self.lost.back_mut() {
+            Some((_, last)) if from <= *last => *last = before,
+            _ => self.lost.push_back((from, before)),
+        }
+        if self.lost.len() > LOST_RANGES_MAX
+            && let Some((oldest, _)) = self.lost.pop_front()
+            && let Some((next, _)) = self.lost.front_mut()
+        {
+            // Between the two lay records that were kept: whoever waits for one of them for so
+            // long is told that it is lost, which is never believed too much.
+            *next = oldest;
+        }
+    }
+
+    /// Whether a record was given up.
+    pub(super) fn has_lost(&self, seq: u64) -> bool {
+        let mut ranges = self.lost.iter();
+        ranges.any(|(from, before)| (*from..*before).contains(&seq))
     }
 
     pub(super) fn wakes_encoder(&mut self) -> bool {

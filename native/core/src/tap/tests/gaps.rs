@@ -310,8 +310,7 @@ fn flush_alone_is_released_when_the_spool_hangs() {
     rig.check(&tap);
 }
 
-#[test]
-fn recording_goes_on_only_with_numbers_for_the_gap_and_its_span() {
+fn queue() -> Queue {
     let volume = QueueVolume {
         index: VolumeIndex(0),
         name: "a".to_owned(),
@@ -326,14 +325,55 @@ fn recording_goes_on_only_with_numbers_for_the_gap_and_its_span() {
     let time: Arc<dyn TimeSource> = Arc::new(ManualTime::default());
     let clock = Clock::new(time.boot_us(), time.wall_us(), 0);
     let numbers = (Seq(1), TimeUs(0));
-    let queue = Queue::new(
+    Queue::new(
         limits,
         time,
         [volume].into(),
         Arc::default(),
         clock,
         numbers,
-    );
+    )
+}
+
+#[test]
+fn waiter_that_slept_through_two_gaps_learns_that_its_record_is_lost() {
+    let queue = queue();
+    queue.set_limits(Seq(1000), TimeUs(u64::MAX));
+    let settle = |in_spool| {
+        let mut batch = Vec::new();
+        while !queue.lock().is_idle() {
+            assert!(queue.take(&mut batch));
+            queue.committed(batch.len(), in_spool);
+        }
+    };
+    let bookmark = || {
+        let label = "b".to_owned();
+        let body = RecordBody::Bookmark { label };
+        queue.place_control(body).unwrap().0
+    };
+    let mut lost = Vec::new();
+    let mut kept = Vec::new();
+    for _ in 0..100 {
+        kept.push(bookmark());
+        settle(true);
+        lost.push(bookmark());
+        queue.give_up(Cause::SpoolFull);
+        settle(false);
+        assert!(queue.resume(&mut queue.lock()));
+        settle(true);
+    }
+    for seq in lost {
+        assert_eq!(queue.wait_spooled(seq), Ok(false), "{seq:?}");
+    }
+    // Of the oldest gaps only the whole is known.
+    for seq in &kept[60..] {
+        assert_eq!(queue.wait_spooled(*seq), Ok(true), "{seq:?}");
+    }
+}
+
+#[test]
+fn recording_goes_on_only_with_numbers_for_the_gap_and_its_span() {
+    let queue = queue();
     queue.open_gap(&mut queue.lock(), Cause::SpoolFull);
     // For the VOLUME record and the GAP, not for the span.
     queue.set_limits(Seq(3), TimeUs(u64::MAX));
