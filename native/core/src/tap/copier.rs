@@ -19,6 +19,9 @@ const HOLE_REGIONS: u64 = 128;
 /// Wait after a region that cannot be read while there are many of them.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// Between two looks at the spool's room, unless a release rings.
+const ROOM_CHECK: Duration = Duration::from_secs(1);
+
 /// How one step went.
 enum Step {
     /// Bytes of volume done.
@@ -57,6 +60,11 @@ pub fn run(core: &TapCore) {
             } else {
                 core.copier.wait(Duration::from_millis(100));
             }
+            continue;
+        }
+        if !core.has_room_to_copy() {
+            core.notice("the copy waits for room in the spool".to_owned());
+            core.copier.wait(ROOM_CHECK);
             continue;
         }
         match step(core, &mut cursor) {

@@ -17,7 +17,7 @@ use super::queue::{Kind, Mode, Placed, Queue, QueueState, Want, regions};
 use super::state::{StateFile, TapState};
 use super::volume::Volume;
 use super::{TapError, volume};
-use crate::constants::{BLOCK_SIZE, SEQ_RESERVE};
+use crate::constants::{BLOCK_SIZE, REGION_BYTES, SEQ_RESERVE};
 use crate::device::DeviceError;
 use crate::format::record::{Cause, RecordBody};
 use crate::log::{LogError, LogOptions, LogWriter, RecoveryReport};
@@ -303,6 +303,21 @@ impl TapCore {
         }
     }
 
+    /// What the spool holds at most: its limit, or less if its disk is smaller.
+    fn spool_limit(&self, used: u64) -> u64 {
+        let free = self.spool.free_bytes().unwrap_or(0);
+        self.pipeline.bytes_max().min(used.saturating_add(free))
+    }
+
+    /// Whether the copier may go on: a quarter of the spool stays free for what is written
+    /// meanwhile, or the copy would overflow the spool that it mends. Targets make room again, for
+    /// all but the newest two segments, of an eighth each.
+    pub fn has_room_to_copy(&self) -> bool {
+        let used = self.pipeline.end().total_bytes;
+        let limit = self.spool_limit(used);
+        used + self.queue.used_bytes() + REGION_BYTES <= limit - limit / 4
+    }
+
     /// Whether the spool would take frames; opens it again after a failure.
     fn spool_ready(&self) -> bool {
         if self.pipeline.writer_failed() {
@@ -322,8 +337,7 @@ impl TapCore {
         }
         let used = self.pipeline.end().total_bytes;
         let free = self.spool.free_bytes().unwrap_or(0);
-        // The disk may be smaller than the limit.
-        let limit = self.pipeline.bytes_max().min(used.saturating_add(free));
+        let limit = self.spool_limit(used);
         let room = limit / 4;
         used <= limit - room && free >= room.min(64 << 20)
     }

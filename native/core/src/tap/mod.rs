@@ -324,6 +324,7 @@ impl Tap {
         above_time: TimeUs,
         copy: bool,
     ) -> Result<(), TapError> {
+        self.core.copier.ring();
         let core = &self.core;
         let (slots, cause) = if copy {
             (0..core.volumes.len(), Some(Cause::FirstCopy))
