@@ -59,6 +59,8 @@ pub struct TapCore {
     pub copier: Bell,
     pub checkpointer: Bell,
     pub stopping: AtomicBool,
+    /// The keeper's own end; it comes after the last request.
+    pub keeper_ends: AtomicBool,
     pub notices: Mutex<Vec<String>>,
     pub reads: AtomicU64,
     pub read_bytes: AtomicU64,

@@ -142,7 +142,10 @@ pub enum TapError {
 #[derive(Debug)]
 pub struct Tap {
     core: Arc<TapCore>,
+    /// Copier and checkpointer.
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Outlives them: requests under way may wait for what it does.
+    keeper: Mutex<Option<JoinHandle<()>>>,
     encoders: Mutex<Vec<JoinHandle<()>>>,
     /// Given up by `stop`, so that the next tap can open what this one held.
     stopped: Mutex<bool>,
@@ -166,10 +169,25 @@ pub fn cause_word(cause: Cause) -> &'static str {
     }
 }
 
+/// Ends the process if its thread panics: a tap without one of its threads would go on serving and
+/// never record again. The agent starts it anew, and what was under way is found dirty.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TapError> {
     std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn(run)
+        .spawn(move || {
+            let _guard = AbortOnPanic;
+            run();
+        })
         .map_err(|error| TapError::State(format!("no thread can be started: {error}")))
 }
 
@@ -188,6 +206,7 @@ impl Tap {
         let tap = Arc::new(Self {
             core: Arc::clone(&core),
             threads: Mutex::default(),
+            keeper: Mutex::default(),
             encoders: Mutex::default(),
             stopped: Mutex::new(false),
         });
@@ -199,9 +218,7 @@ impl Tap {
                 .push(spawn(&format!("tap-encode-{number}"), run)?);
         }
         let keeper = Arc::clone(&core);
-        tap.threads
-            .lock()
-            .push(spawn("tap-keeper", move || keep(&keeper))?);
+        *tap.keeper.lock() = Some(spawn("tap-keeper", move || keep(&keeper))?);
         let interval = parts.checkpoint_interval;
         let checkpointer = Arc::clone(&core);
         let run = move || checkpoint_loop(&checkpointer, interval);
@@ -307,6 +324,7 @@ impl Tap {
             writer.trim(position)
         });
         self.core.housekeeper.ring();
+        self.core.copier.ring();
         match trimmed {
             Some(outcome) => Ok(outcome?),
             None => Err(TapError::State(
@@ -324,7 +342,6 @@ impl Tap {
         above_time: TimeUs,
         copy: bool,
     ) -> Result<(), TapError> {
-        self.core.copier.ring();
         let core = &self.core;
         let (slots, cause) = if copy {
             (0..core.volumes.len(), Some(Cause::FirstCopy))
@@ -371,15 +388,16 @@ impl Tap {
     fn stop_cleanly(&self) -> Result<(), TapError> {
         let core = &self.core;
         core.stopping.store(true, Ordering::SeqCst);
-        core.housekeeper.ring();
         core.copier.ring();
         core.checkpointer.ring();
-        for thread in self.threads.lock().drain(..) {
-            if thread.join().is_err() {
-                return Err(TapError::State("a thread of the tap had failed".to_owned()));
-            }
-        }
+        let threads: Vec<_> = self.threads.lock().drain(..).collect();
+        threads.into_iter().try_for_each(join)?;
+        // Requests under way may need numbers, or recording to go on: the keeper ends after them.
         core.grace.wait(|| false);
+        core.keeper_ends.store(true, Ordering::SeqCst);
+        core.housekeeper.ring();
+        let keeper = self.keeper.lock().take();
+        keeper.map_or(Ok(()), join)?;
         core.ensure_numbers();
         let durable = core.checkpoint();
         core.queue.close();
@@ -450,6 +468,7 @@ impl Tap {
     fn end(&self) {
         let core = &self.core;
         core.stopping.store(true, Ordering::SeqCst);
+        core.keeper_ends.store(true, Ordering::SeqCst);
         core.queue.abandon();
         core.pipeline.wake();
         core.housekeeper.ring();
@@ -457,6 +476,7 @@ impl Tap {
         core.checkpointer.ring();
         let deadline = Instant::now() + Duration::from_secs(2);
         let mut threads: Vec<_> = self.threads.lock().drain(..).collect();
+        threads.extend(self.keeper.lock().take());
         threads.append(&mut self.encoders.lock());
         for thread in threads {
             // One that hangs in the kernel is left behind: it finds the queue abandoned.
@@ -480,17 +500,23 @@ impl Drop for Tap {
     }
 }
 
+fn join(thread: JoinHandle<()>) -> Result<(), TapError> {
+    let failed = |_| TapError::State("a thread of the tap had failed".to_owned());
+    thread.join().map_err(failed)
+}
+
 fn state_failed(source: &std::io::Error) -> TapError {
     TapError::State(format!("the tap's state could not be written: {source}"))
 }
 
 /// Keeps clock, reserved numbers and recording going.
 fn keep(core: &TapCore) {
-    while !core.is_stopping() {
+    let ends = || core.keeper_ends.load(Ordering::SeqCst);
+    while !ends() {
         let recording = core.queue.lock().mode == Mode::Recording;
         core.housekeeper
             .wait(Duration::from_millis(if recording { 1000 } else { 200 }));
-        if core.is_stopping() {
+        if ends() {
             return;
         }
         core.correct_clock();

@@ -213,6 +213,7 @@ pub fn open(config: &TapConfig, parts: &TapParts) -> Result<TapCore, TapError> {
         copier: Bell::default(),
         checkpointer: Bell::default(),
         stopping: false.into(),
+        keeper_ends: false.into(),
         notices: Mutex::new(notices),
         reads: 0.into(),
         read_bytes: 0.into(),

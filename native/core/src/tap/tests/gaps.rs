@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::io;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -17,9 +19,9 @@ use crate::log::LogPosition;
 use crate::storage::{Directory, Fault, FaultyDirectory, File, Loss};
 use crate::tap::bitmap::AtomicBitmap;
 use crate::tap::clock::Clock;
+use crate::tap::core::PATIENCE;
 use crate::tap::queue::{Queue, QueueLimits, QueueVolume};
 use crate::tap::{Tap, TimeSource};
-use crate::tap::core::PATIENCE;
 use crate::types::{Seq, TimeUs, VolumeIndex};
 
 const SIZE: u64 = 6 << 20;
@@ -125,11 +127,11 @@ fn full_spool_costs_a_gap_and_recovers_when_targets_have_it() {
     assert!(tap.log_end().total_bytes <= 6 << 20, "a quarter stays free");
     let mut gaps = BTreeSet::new();
     eventually("the end of the span", || {
-        release_all(&tap);
-        std::thread::sleep(Duration::from_millis(30));
         let manifest = tap.core.pipeline.with_writer(PATIENCE, |w| w.manifest());
         let events = manifest.unwrap().events;
         gaps.extend(events.iter().filter(|e| e.kind == "gap").map(|e| e.seq));
+        release_all(&tap);
+        std::thread::sleep(Duration::from_millis(30));
         let status = tap.status();
         let spooled = status.spooled_seq == status.last_seq;
         status.mode == "recording" && !status.in_span && spooled && tap.bookmark("after").is_ok()
@@ -186,6 +188,8 @@ fn failing_spool_is_opened_again() {
 struct Gate {
     shut: Mutex<bool>,
     opened: Condvar,
+    /// Writes panic.
+    breaks: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -241,6 +245,7 @@ impl File for GatedFile {
         self.inner.read_at(buffer, offset)
     }
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        assert!(!self.gate.breaks.load(Ordering::SeqCst), "as told");
         let mut shut = self.gate.shut.lock();
         while *shut {
             self.gate.opened.wait(&mut shut);
@@ -425,6 +430,64 @@ fn what_a_failed_write_left_is_copied_if_a_gap_opened_meanwhile() {
     *gate.shut.lock() = false;
     gate.opened.notify_all();
     rig.check(&tap);
+}
+
+/// Runs itself again in a process of its own.
+#[test]
+fn panic_of_an_encoder_thread_ends_the_process() {
+    const CHILD: &str = "EBB_TEST_PANICS";
+    if std::env::var_os(CHILD).is_none() {
+        let name = "tap::tests::gaps::panic_of_an_encoder_thread_ends_the_process";
+        let ended = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{told}");
+        assert!(told.contains("tap-encode-"), "{told}");
+        return;
+    }
+    let mut rig = Rig::new(&[SIZE]);
+    let gate = Arc::new(Gate::default());
+    let inner: Arc<dyn Directory> = Arc::new(rig.spool.clone());
+    rig.spool_through = Some(Arc::new(GatedDirectory {
+        inner,
+        gate: Arc::clone(&gate),
+    }));
+    let tap = rig.start();
+    settle(&tap);
+    gate.breaks.store(true, Ordering::SeqCst);
+    device(&tap, 0).write(&[1; 4096], 0, WAITS).unwrap();
+    // Does not return: its thread waits for a frame that never comes.
+    let _ = device(&tap, 0).flush(WAITS);
+}
+
+#[test]
+fn request_under_way_at_a_stop_still_gets_its_numbers() {
+    let mut rig = Rig::new(&[SIZE]);
+    rig.stuck = Duration::from_secs(1);
+    let tap = rig.start();
+    settle(&tap);
+    let volume = device(&tap, 0);
+    std::thread::scope(|scope| {
+        let held = tap.core.volumes[0].ranges.lock(0, 1);
+        let writing = scope.spawn(|| volume.write(&[9; 4096], 0, WAITS));
+        let under_way = || !tap.core.grace.wait(|| true);
+        eventually("a request under way", under_way);
+        let stopping = scope.spawn(|| tap.stop());
+        eventually("the stop", || tap.core.is_stopping());
+        // The other threads have seen it; nothing is reserved any more.
+        std::thread::sleep(Duration::from_millis(200));
+        let next = tap.core.queue.last_seq().0 + 1;
+        tap.core.queue.set_limits(Seq(next), TimeUs(0));
+        drop(held);
+        writing.join().unwrap().unwrap();
+        stopping.join().unwrap().unwrap();
+    });
+    let replay = rig.replay(&tap);
+    assert!(gaps(&replay).is_empty());
+    assert!(replay.newest(0, SIZE) == rig.content(0));
 }
 
 #[test]
