@@ -10,6 +10,7 @@ mod launch;
 mod loop_device;
 pub mod memory;
 pub mod run;
+mod serve;
 mod tap;
 mod view;
 pub mod wire;

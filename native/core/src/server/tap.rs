@@ -1,27 +1,24 @@
 //! The tap server: a tap, its front ends, its control socket.
 
-use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use prost::Message;
 use zeroize::Zeroize;
 
-use super::control::{Call, ControlServer, Handler, Reply, listen};
+use super::control::{Call, Handler, Reply, listen};
 use super::failure::Failure;
-use super::front::{FuseFront, exports, listen_nbd};
 use super::launch::{address, path, tap_config};
 use super::proto::request::Verb;
 use super::proto::response::Result as Outcome;
 use super::proto::{self, TapLaunch};
-use super::run::{Exit, Signals, finish, report_ready};
+use super::run::{Signals, finish};
+use super::serve::{Front, Served, serve};
 use super::{direct, memory};
 use crate::constants::LABEL_BYTES_MAX;
 use crate::crypto::sm4::Kernel;
 use crate::device::BlockDevice;
 use crate::log::{LogEnd, LogPosition};
-use crate::nbd;
 use crate::tap::{Tap, TapParts};
 use crate::types::{FrameNo, IncarnationId, Seq, TimeUs};
 
@@ -78,51 +75,36 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
         });
         devices.push((volume.name.clone(), device));
     }
-    let nbd = nbd::Server::new(exports(&devices, &launch.group_name));
-    let nbd_tcp = listen_nbd(&nbd, &launch.nbd_unix, tcp)?;
-    let exit = Exit::new()?;
-    let server = Arc::new(TapServer {
+    let (group, unix) = (&launch.group_name, &launch.nbd_unix);
+    let server = TapServer {
         tap,
-        nbd,
-        nbd_tcp,
-        front: FuseFront::new(devices),
+        front: Front::open(devices, group, unix, tcp, notices)?,
         volumes: shown,
-        notices,
         cache_bytes,
-        exit: exit.clone(),
         stopped: Mutex::new(None),
-    });
-    let control = ControlServer::start(listener, socket, Arc::clone(&server) as _)
-        .map_err(|error| Failure::io("serve the control socket", &error))?;
-    report_ready(Outcome::TapStatus(server.status()));
-    signals.wait(&exit);
-    let result = server.stop();
-    control.stop();
-    result
+    };
+    serve(listener, socket, &signals, server)
 }
 
 #[derive(Debug)]
 struct TapServer {
     tap: Arc<Tap>,
-    nbd: nbd::Server,
-    nbd_tcp: Option<SocketAddr>,
-    front: FuseFront,
+    front: Front,
     volumes: Vec<proto::VolumeStatus>,
-    notices: Vec<String>,
     cache_bytes: u64,
-    exit: Exit,
     /// How stopping ended, once it has.
     stopped: Mutex<Option<Result<(), Failure>>>,
 }
 
-impl TapServer {
-    fn status(&self) -> proto::TapStatus {
+impl Served for TapServer {
+    fn front(&self) -> &Front {
+        &self.front
+    }
+
+    fn status(&self) -> Outcome {
         let status = self.tap.status();
         let mountpoint = self.front.mountpoint();
-        let mut notices = self.notices.clone();
-        notices.extend(status.notices);
-        notices.extend(self.front.notice());
-        proto::TapStatus {
+        Outcome::TapStatus(proto::TapStatus {
             last_seq: status.last_seq.0,
             last_time_us: status.last_time.0,
             spooled_seq: status.spooled_seq.0,
@@ -141,30 +123,24 @@ impl TapServer {
             in_span: status.in_span,
             mode: status.mode.into(),
             gap_cause: status.gap_cause.unwrap_or_default().into(),
-            clients: u32::try_from(self.nbd.clients()).unwrap_or(u32::MAX),
+            clients: self.front.clients(),
             pid: std::process::id(),
             log_end: Some((&self.tap.log_end()).into()),
-            nbd_tcp: self
-                .nbd_tcp
-                .map(|address| address.to_string())
-                .unwrap_or_default(),
+            nbd_tcp: self.front.nbd_tcp(),
             fuse_attached: mountpoint.is_some(),
             volumes: self.volumes.clone(),
-            notices,
+            notices: self.front.notices(status.notices),
             fuse_mountpoint: mountpoint.unwrap_or_default(),
             cache_bytes: self.cache_bytes,
             slowed_writes: status.slowed_writes,
-        }
+        })
     }
 
-    /// Front ends first: what is not yet read from the FUSE mount then waits for the next tap
-    /// instead of failing. Repeating it tells how it ended.
     fn stop(&self) -> Result<(), Failure> {
         let mut stopped = self.stopped.lock();
         stopped
             .get_or_insert_with(|| {
                 self.front.stop();
-                self.nbd.stop();
                 self.tap.stop().map_err(Failure::from)
             })
             .clone()
@@ -174,7 +150,7 @@ impl TapServer {
 impl Handler for TapServer {
     fn handle(&self, call: Call) -> Result<Reply, Failure> {
         match call.verb {
-            Verb::Status(_) => Ok(Reply::new(Outcome::TapStatus(self.status()))),
+            Verb::Status(_) => Ok(Reply::new(self.status())),
             Verb::Bookmark(request) => {
                 if request.label.is_empty() || request.label.len() > LABEL_BYTES_MAX {
                     return Err(Failure::usage(format!(
@@ -204,16 +180,8 @@ impl Handler for TapServer {
                 self.tap.new_incarnation(seq, time, request.copy)?;
                 Ok(Reply::done())
             }
-            Verb::AttachFuse(request) => {
-                let status = self.front.attach(Path::new(&request.holder_socket))?;
-                Ok(Reply::new(Outcome::HolderStatus(status)))
-            }
-            Verb::Stop(_) => {
-                let mut reply = self.stop().map_or_else(Reply::from, |()| Reply::done());
-                let exit = self.exit.clone();
-                reply.then = Some(Box::new(move || exit.request()));
-                Ok(reply)
-            }
+            Verb::AttachFuse(request) => self.front.attach(&request),
+            Verb::Stop(_) => Ok(self.front.stopped(self.stop())),
             // Subscribe is the control socket's own affair.
             Verb::Subscribe(_) | Verb::Holder(_) => {
                 Err(Failure::usage("a tap server does not know this verb"))

@@ -1,27 +1,25 @@
 //! The view server: a group as of a point, its front ends, its control socket.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use prost::Message;
 use zeroize::Zeroize;
 
-use super::control::{Call, ControlServer, Handler, Reply, listen};
+use super::control::{Call, Handler, Reply, listen};
 use super::failure::Failure;
-use super::front::{FuseFront, exports, listen_nbd};
 use super::launch::{address, group_id, group_key, log_end, path};
 use super::memory;
 use super::proto::request::Verb;
 use super::proto::response::Result as Outcome;
 use super::proto::view_launch::Point as Asked;
 use super::proto::{self, ViewLaunch};
-use super::run::{Exit, Signals, finish, report_ready};
+use super::run::{Signals, finish};
+use super::serve::{Front, Served, serve};
 use crate::constants::CACHE_BYTES;
 use crate::crypto::sm4::Kernel;
 use crate::device::BlockDevice;
 use crate::index::{History, Point, PointSpec};
-use crate::nbd;
 use crate::storage::{Directory, DiskDirectory};
 use crate::types::{Seq, TimeUs};
 use crate::view::View;
@@ -111,28 +109,16 @@ fn run(launch: &[u8]) -> Result<(), Failure> {
             backing: String::new(),
         });
     }
-    let nbd = nbd::Server::new(exports(&devices, &launch.group_name));
-    let nbd_tcp = listen_nbd(&nbd, &launch.nbd_unix, tcp)?;
-    let exit = Exit::new()?;
-    let server = Arc::new(ViewServer {
+    let (group, unix) = (&launch.group_name, &launch.nbd_unix);
+    let server = ViewServer {
         view,
         point,
         writable: !launch.overlay_dir.is_empty(),
-        nbd,
-        nbd_tcp,
-        front: FuseFront::new(devices.clone()),
+        front: Front::open(devices.clone(), group, unix, tcp, notices)?,
         devices,
         volumes,
-        notices,
-        exit: exit.clone(),
-    });
-    let control = ControlServer::start(listener, socket, Arc::clone(&server) as _)
-        .map_err(|error| Failure::io("serve the control socket", &error))?;
-    report_ready(Outcome::ViewStatus(server.status()));
-    signals.wait(&exit);
-    let result = server.stop();
-    control.stop();
-    result
+    };
+    serve(listener, socket, &signals, server)
 }
 
 #[derive(Debug)]
@@ -140,50 +126,44 @@ struct ViewServer {
     view: View,
     point: Point,
     writable: bool,
-    nbd: nbd::Server,
-    nbd_tcp: Option<SocketAddr>,
-    front: FuseFront,
+    front: Front,
     devices: Vec<(String, Arc<dyn BlockDevice>)>,
     volumes: Vec<proto::VolumeStatus>,
-    notices: Vec<String>,
-    exit: Exit,
 }
 
-impl ViewServer {
-    fn status(&self) -> proto::ViewStatus {
+impl Served for ViewServer {
+    fn front(&self) -> &Front {
+        &self.front
+    }
+
+    fn status(&self) -> Outcome {
         let mountpoint = self.front.mountpoint();
-        let mut notices = self.notices.clone();
-        notices.extend(self.front.notice());
-        notices.extend(self.view.findings().into_iter().map(|finding| {
+        let found = self.view.findings().into_iter().map(|finding| {
             let (volume, block) = (finding.volume.0, finding.block.0);
             format!(
                 "volume {volume}, block {block} cannot be read: {}",
                 finding.what
             )
-        }));
-        proto::ViewStatus {
+        });
+        Outcome::ViewStatus(proto::ViewStatus {
             seq: self.point.seq.0,
             time_us: self.point.time.0,
             writable: self.writable,
             overlay_bytes: self.view.overlay_bytes(),
-            clients: u32::try_from(self.nbd.clients()).unwrap_or(u32::MAX),
+            clients: self.front.clients(),
             pid: std::process::id(),
-            nbd_tcp: self
-                .nbd_tcp
-                .map(|address| address.to_string())
-                .unwrap_or_default(),
+            nbd_tcp: self.front.nbd_tcp(),
             fuse_attached: mountpoint.is_some(),
             volumes: self.volumes.clone(),
             cells_opened: self.view.cells_opened(),
             fuse_mountpoint: mountpoint.unwrap_or_default(),
-            notices,
-        }
+            notices: self.front.notices(found),
+        })
     }
 
-    /// Front ends first, then what the overlay holds becomes durable. Repeatable.
+    /// Front ends first, then what the overlay holds becomes durable.
     fn stop(&self) -> Result<(), Failure> {
         self.front.stop();
-        self.nbd.stop();
         if self.writable {
             for (name, device) in &self.devices {
                 device
@@ -200,17 +180,9 @@ impl ViewServer {
 impl Handler for ViewServer {
     fn handle(&self, call: Call) -> Result<Reply, Failure> {
         match call.verb {
-            Verb::Status(_) => Ok(Reply::new(Outcome::ViewStatus(self.status()))),
-            Verb::AttachFuse(request) => {
-                let status = self.front.attach(Path::new(&request.holder_socket))?;
-                Ok(Reply::new(Outcome::HolderStatus(status)))
-            }
-            Verb::Stop(_) => {
-                let mut reply = self.stop().map_or_else(Reply::from, |()| Reply::done());
-                let exit = self.exit.clone();
-                reply.then = Some(Box::new(move || exit.request()));
-                Ok(reply)
-            }
+            Verb::Status(_) => Ok(Reply::new(self.status())),
+            Verb::AttachFuse(request) => self.front.attach(&request),
+            Verb::Stop(_) => Ok(self.front.stopped(self.stop())),
             _ => Err(Failure::usage("a view server does not know this verb")),
         }
     }
