@@ -12,7 +12,7 @@
 use super::FormatError;
 pub use super::digest::Digest;
 use super::digest::sha256;
-use super::layout::{self, Field, Format, covers};
+use super::layout::{self, Field, Format};
 use crate::constants::{
     BLOCK_SIZE, CELL_BLOCKS, FRAME_BLOCKS_MAX, FRAME_BYTES_MAX, FRAME_RECORDS_MAX,
     INCARNATION_FRAMES_MAX,
@@ -55,14 +55,7 @@ const BODY_DIGEST: Field = Field::new("body_digest", 168, 32);
 const PREV: Field = Field::new("prev", 200, 32);
 const NONCE_RANDOM: Field = Field::new("nonce_random", 232, 4);
 const RESERVED_236: Field = Field::new("reserved_236", 236, 12);
-const CHECKSUM: Field = Field::new("checksum", 248, 8);
-
-/// The header, field by field; `docs/format/frame.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
+const OWN: &[Field] = &[
     GROUP,
     GENERATION_COUNTER,
     GENERATION_SITE,
@@ -85,8 +78,10 @@ pub const LAYOUT: &[Field] = &[
     PREV,
     NONCE_RANDOM,
     RESERVED_236,
-    CHECKSUM,
 ];
+
+/// The header, field by field; `docs/format/frame.md` holds the same table.
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, FRAME_HEADER_LEN);
 
 /// Limits that a reader checks; the page holds the same table.
 pub const LIMIT_VALUES: &[(&str, u64)] = &[
@@ -100,9 +95,8 @@ pub const LIMIT_VALUES: &[(&str, u64)] = &[
     ("CELL_OVERHEAD", CELL_OVERHEAD as u64),
 ];
 
-const _: () = assert!(covers(LAYOUT, FRAME_HEADER_LEN));
 const _: () = assert!(AAD_LEN == HEADER_TAG.offset && AAD_LEN == TABLE_DIGEST.end());
-const _: () = assert!(DIGEST_COVERS == CHECKSUM.offset);
+const _: () = assert!(DIGEST_COVERS == layout::checksum(FRAME_HEADER_LEN).offset);
 
 const FORMAT: Format = Format {
     what: "frame header",

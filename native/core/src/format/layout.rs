@@ -1,8 +1,9 @@
 //! Fixed headers as lists of fields: one table that encode, parse and `docs/format/` share.
 //!
-//! Every module with a fixed header exports `pub const LAYOUT: &[Field]`, proves it gapless with
-//! `const _: () = assert!(covers(LAYOUT, HEADER_LEN));`, and is listed in
-//! `native/core/tests/format_pages.rs`, which compares it with the table of its page.
+//! Every module with a fixed header lists its own fields in `OWN`, exports the whole as
+//! `pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, HEADER_LEN);`,
+//! which does not compile with a gap, and is listed in `native/core/tests/format_pages.rs`, which
+//! compares it with the table of its page.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -25,6 +26,7 @@ pub const MAGIC: Field = Field::new("magic", 0, 8);
 pub const VERSION: Field = Field::new("version", 8, 2);
 pub const HEADER_LEN: Field = Field::new("header_len", 10, 2);
 pub const FLAGS: Field = Field::new("flags", 12, 4);
+const PREAMBLE: [Field; 4] = [MAGIC, VERSION, HEADER_LEN, FLAGS];
 
 impl Field {
     pub const fn new(name: &'static str, offset: usize, len: usize) -> Self {
@@ -73,6 +75,33 @@ pub const fn covers(layout: &[Field], len: usize) -> bool {
         i += 1;
     }
     at == len
+}
+
+/// Fields of a fixed header with these of its own.
+pub const fn fields(own: &[Field]) -> usize {
+    own.len() + PREAMBLE.len() + 1
+}
+
+/// A fixed header of `len` bytes: what every one begins with, its own fields, the checksum.
+pub const fn header<const N: usize>(own: &[Field], len: usize) -> [Field; N] {
+    assert!(N == fields(own), "N is not the number of fields");
+    let mut all = [checksum(len); N];
+    let mut i = 0;
+    while i < N - 1 {
+        all[i] = if i < PREAMBLE.len() {
+            PREAMBLE[i]
+        } else {
+            own[i - PREAMBLE.len()]
+        };
+        i += 1;
+    }
+    assert!(covers(&all, len), "the fields leave a gap or overlap");
+    all
+}
+
+/// The checksum that ends a fixed header of `len` bytes.
+pub const fn checksum(len: usize) -> Field {
+    Field::new("checksum", len - CHECKSUM_LEN, CHECKSUM_LEN)
 }
 
 /// What identifies a format and its newest version.
@@ -131,27 +160,17 @@ impl Format {
                 max: self.version,
             });
         }
-        if usize::from(HEADER_LEN.u16(header)) != self.header_len {
-            return Err(FormatError::Field {
-                what,
-                field: HEADER_LEN.name,
-                reason: "not the length that this version has",
-            });
-        }
+        self.require(
+            usize::from(HEADER_LEN.u16(header)) == self.header_len,
+            HEADER_LEN,
+            "not the length that this version has",
+        )?;
         for field in self.reserved {
-            if header[field.offset..field.end()]
-                .iter()
-                .any(|&byte| byte != 0)
-            {
-                return Err(FormatError::Field {
-                    what,
-                    field: field.name,
-                    reason: "not zero",
-                });
-            }
+            let bytes = &header[field.offset..field.end()];
+            self.require(bytes.iter().all(|byte| *byte == 0), *field, "not zero")?;
         }
-        let (covered, checksum) = header.split_at(self.header_len - CHECKSUM_LEN);
-        let found = Field::new("checksum", 0, CHECKSUM_LEN).u64(checksum);
+        let (covered, found) = header.split_at(self.header_len - CHECKSUM_LEN);
+        let found = checksum(CHECKSUM_LEN).u64(found);
         let computed = xxh3_64(covered);
         if found != computed {
             return Err(FormatError::Checksum {
@@ -184,13 +203,19 @@ impl Format {
         reason: &'static str,
     ) -> Result<(), FormatError> {
         if ok {
-            return Ok(());
+            Ok(())
+        } else {
+            Err(self.finding(field, reason))
         }
-        Err(FormatError::Field {
+    }
+
+    /// `Field` finding.
+    pub(crate) fn finding(&self, field: Field, reason: &'static str) -> FormatError {
+        FormatError::Field {
             what: self.what,
             field: field.name,
             reason,
-        })
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::FormatError;
-use super::layout::{self, Field, Format, covers};
+use super::layout::{self, Field, Format};
 use crate::constants::{EVENTS_MAX, VOLUME_CHANGES_MAX};
 
 pub const MANIFEST_MAGIC: [u8; 8] = *b"EBBMANIF";
@@ -22,20 +22,10 @@ const BODY_LEN: Field = Field::new("body_len", 16, 8);
 const COUNTER: Field = Field::new("manifest_version", 24, 8);
 const BODY_CHECKSUM: Field = Field::new("body_checksum", 32, 8);
 const RESERVED_40: Field = Field::new("reserved_40", 40, 16);
-const CHECKSUM: Field = Field::new("checksum", 56, 8);
+const OWN: &[Field] = &[BODY_LEN, COUNTER, BODY_CHECKSUM, RESERVED_40];
 
 /// The header, field by field; `docs/format/manifest.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
-    BODY_LEN,
-    COUNTER,
-    BODY_CHECKSUM,
-    RESERVED_40,
-    CHECKSUM,
-];
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, MANIFEST_HEADER_LEN);
 
 /// Limits of reader and writer; the page holds the same table.
 pub const LIMIT_VALUES: &[(&str, u64)] = &[
@@ -43,8 +33,6 @@ pub const LIMIT_VALUES: &[(&str, u64)] = &[
     ("EVENTS_MAX", EVENTS_MAX as u64),
     ("VOLUME_CHANGES_MAX", VOLUME_CHANGES_MAX as u64),
 ];
-
-const _: () = assert!(covers(LAYOUT, MANIFEST_HEADER_LEN));
 
 const FORMAT: Format = Format {
     what: "manifest header",

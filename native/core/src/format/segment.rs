@@ -2,7 +2,7 @@
 
 use super::FormatError;
 use super::digest::Digest;
-use super::layout::{self, Field, Format, covers};
+use super::layout::{self, Field, Format};
 use crate::constants::INCARNATION_FRAMES_MAX;
 use crate::types::{FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
 
@@ -25,14 +25,7 @@ const PARENT_FRAME_NO: Field = Field::new("parent_frame_no", 136, 4);
 const RESERVED_140: Field = Field::new("reserved_140", 140, 4);
 const PARENT_DIGEST: Field = Field::new("parent_digest", 144, 32);
 const RESERVED_176: Field = Field::new("reserved_176", 176, 72);
-const CHECKSUM: Field = Field::new("checksum", 248, 8);
-
-/// The header, field by field; `docs/format/segment.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
+const OWN: &[Field] = &[
     GROUP,
     GENERATION_COUNTER,
     GENERATION_SITE,
@@ -48,10 +41,10 @@ pub const LAYOUT: &[Field] = &[
     RESERVED_140,
     PARENT_DIGEST,
     RESERVED_176,
-    CHECKSUM,
 ];
 
-const _: () = assert!(covers(LAYOUT, SEGMENT_HEADER_LEN));
+/// The header, field by field; `docs/format/segment.md` holds the same table.
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, SEGMENT_HEADER_LEN);
 
 const FORMAT: Format = Format {
     what: "segment header",

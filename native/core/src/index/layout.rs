@@ -45,14 +45,7 @@ const RESERVED_92: Field = Field::new("reserved_92", 92, 4);
 const RECORDS: Field = Field::new("records", 96, 8);
 const TAIL_CHECKSUM: Field = Field::new("tail_checksum", 104, 8);
 const RESERVED_112: Field = Field::new("reserved_112", 112, 8);
-const CHECKSUM: Field = Field::new("checksum", 120, 8);
-
-/// The header, field by field; `docs/format/index-run.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
+const OWN: &[Field] = &[
     GROUP,
     BASE_SEQ,
     END_SEQ,
@@ -67,10 +60,10 @@ pub const LAYOUT: &[Field] = &[
     RECORDS,
     TAIL_CHECKSUM,
     RESERVED_112,
-    CHECKSUM,
 ];
 
-const _: () = assert!(covers(LAYOUT, RUN_HEADER_LEN));
+/// The header, field by field; `docs/format/index-run.md` holds the same table.
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, RUN_HEADER_LEN);
 
 /// A segment whose records the run indexes, and its part of the run's slots.
 pub const MEMBER_LAYOUT: &[Field] = &[

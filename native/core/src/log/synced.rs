@@ -10,7 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::names::{self, SegmentId};
-use crate::format::layout::{self, Field, Format, covers};
+use crate::format::layout::{self, Field, Format};
 use crate::storage::{Directory, File, is_full};
 use crate::types::{FrameNo, IncarnationId};
 
@@ -21,23 +21,10 @@ const ORDINAL: Field = Field::new("ordinal", 32, 4);
 const FIRST_FRAME: Field = Field::new("first_frame", 36, 4);
 const LENGTH: Field = Field::new("length", 40, 8);
 const RESERVED_48: Field = Field::new("reserved_48", 48, 8);
-const CHECKSUM: Field = Field::new("checksum", 56, 8);
+const OWN: &[Field] = &[INCARNATION, ORDINAL, FIRST_FRAME, LENGTH, RESERVED_48];
 
 /// The note, field by field; `docs/format/log-directory.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
-    INCARNATION,
-    ORDINAL,
-    FIRST_FRAME,
-    LENGTH,
-    RESERVED_48,
-    CHECKSUM,
-];
-
-const _: () = assert!(covers(LAYOUT, SYNCED_LEN));
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, SYNCED_LEN);
 
 const FORMAT: Format = Format {
     what: "synced note",

@@ -105,14 +105,7 @@ const CHANGED: Field = Field::new("changed_ns", 80, 8);
 const SECTORS: Field = Field::new("written_sectors", 88, 8);
 const BOOT_ID: Field = Field::new("boot_id", 96, 16);
 const RESERVED_112: Field = Field::new("reserved_112", 112, 392);
-const CHECKSUM: Field = Field::new("checksum", 504, 8);
-
-/// The header, field by field; `docs/format/write-intent-bitmap.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
+const OWN: &[Field] = &[
     GROUP,
     VOLUME,
     IDENTITY_KIND,
@@ -126,9 +119,10 @@ pub const LAYOUT: &[Field] = &[
     SECTORS,
     BOOT_ID,
     RESERVED_112,
-    CHECKSUM,
 ];
-const _: () = assert!(covers(LAYOUT, INTENT_HEADER_LEN));
+
+/// The header, field by field; `docs/format/write-intent-bitmap.md` holds the same table.
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, INTENT_HEADER_LEN);
 
 const PAGE_BITS: Field = Field::new("bits", 0, INTENT_PAGE_BITS_LEN);
 const PAGE_CHECKSUM: Field = Field::new("checksum", INTENT_PAGE_BITS_LEN, 8);
@@ -168,23 +162,18 @@ impl IntentHeader {
 
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         let bytes = FORMAT.open(bytes)?;
-        let finding = |field: Field, reason| FormatError::Field {
-            what: WHAT,
-            field: field.name,
-            reason,
-        };
         let flags = layout::FLAGS.u32(bytes);
         if flags & !(FLAG_CLEAN | FLAG_COPIED) != 0 {
-            return Err(finding(layout::FLAGS, "has unknown bits"));
+            return Err(FORMAT.finding(layout::FLAGS, "has unknown bits"));
         }
         if REGION.u64(bytes) != REGION_BYTES {
-            return Err(finding(REGION, "is not the region size of this version"));
+            return Err(FORMAT.finding(REGION, "is not the region size of this version"));
         }
         let kind = match bytes[IDENTITY_KIND.offset] {
             0 => IdentityKind::Unknown,
             1 => IdentityKind::File,
             2 => IdentityKind::Block,
-            _ => return Err(finding(IDENTITY_KIND, "is unknown")),
+            _ => return Err(FORMAT.finding(IDENTITY_KIND, "is unknown")),
         };
         Ok(Self {
             group: GroupId(GROUP.array(bytes)),

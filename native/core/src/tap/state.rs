@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::format::FormatError;
-use crate::format::layout::{self, Field, Format, covers};
+use crate::format::layout::{self, Field, Format};
 use crate::format::record::Cause;
 use crate::storage::{Directory, File};
 use crate::types::{GroupId, Seq, TimeUs};
@@ -81,14 +81,7 @@ const GAP_FIRST_SEQ: Field = Field::new("gap_first_seq", 96, 8);
 const GAP_FIRST_TIME: Field = Field::new("gap_first_time_us", 104, 8);
 const GAP_BYTES: Field = Field::new("gap_bytes", 112, 8);
 const RESERVED_120: Field = Field::new("reserved_120", 120, 384);
-const CHECKSUM: Field = Field::new("checksum", 504, 8);
-
-/// One slot, field by field; `docs/format/state.md` holds the same table.
-pub const LAYOUT: &[Field] = &[
-    layout::MAGIC,
-    layout::VERSION,
-    layout::HEADER_LEN,
-    layout::FLAGS,
+const OWN: &[Field] = &[
     GROUP,
     COUNTER,
     SEQ_END,
@@ -103,9 +96,10 @@ pub const LAYOUT: &[Field] = &[
     GAP_FIRST_TIME,
     GAP_BYTES,
     RESERVED_120,
-    CHECKSUM,
 ];
-const _: () = assert!(covers(LAYOUT, STATE_SLOT_LEN));
+
+/// One slot, field by field; `docs/format/state.md` holds the same table.
+pub const LAYOUT: &[Field] = &layout::header::<{ layout::fields(OWN) }>(OWN, STATE_SLOT_LEN);
 
 const FORMAT: Format = Format {
     what: WHAT,
@@ -142,20 +136,15 @@ impl TapState {
     /// Parses one slot; returns its counter too.
     pub fn parse(bytes: &[u8]) -> Result<(Self, u64), FormatError> {
         let bytes = FORMAT.open(bytes)?;
-        let finding = |field: Field, reason| FormatError::Field {
-            what: WHAT,
-            field: field.name,
-            reason,
-        };
         let flags = layout::FLAGS.u32(bytes);
         if flags & !(FLAG_CLEAN | FLAG_INTENT_LOST) != 0 {
-            return Err(finding(layout::FLAGS, "has unknown bits"));
+            return Err(FORMAT.finding(layout::FLAGS, "has unknown bits"));
         }
         let cause_at = |field: Field| match bytes[field.offset] {
             0 => Ok(None),
             value => cause_of(value)
                 .map(Some)
-                .ok_or(finding(field, "is unknown")),
+                .ok_or_else(|| FORMAT.finding(field, "is unknown")),
         };
         let state = Self {
             group: GroupId(GROUP.array(bytes)),
