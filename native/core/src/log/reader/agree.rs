@@ -5,8 +5,9 @@
 //! `prev` of the frame behind it, or as the parent of a later incarnation.
 
 use super::{Current, Limit, LogReader, check_header, limit, stop_of};
-use crate::format::frame::{Digest, FRAME_HEADER_LEN, FrameHeader, frame_digest};
-use crate::log::recovery::{damaged, list_segments};
+use crate::format::frame::{Digest, FRAME_HEADER_LEN, frame_digest};
+use crate::log::recovery::list_segments;
+use crate::log::walk::find_header;
 use crate::log::{LogEnd, LogError, LogPosition};
 use crate::types::FrameNo;
 
@@ -47,14 +48,13 @@ impl LogReader {
                 continue;
             }
             let stop = stop_of(&segment, end)?;
-            if id.first_frame == position.next_frame {
-                match header_at(&mut segment, id.first_frame, stop)? {
-                    Some((header, _)) => return Ok(header.prev == *digest),
-                    None => continue,
-                }
+            match digest_of(&mut segment, last, stop)? {
+                Known::Digest(own) => return Ok(own == *digest),
+                // Whoever reads on there finds the damage; it is no sign that the lines parted.
+                Known::Damaged => return Ok(true),
+                Known::Beyond if id.first_frame == position.next_frame => {}
+                Known::Beyond => return Ok(behind),
             }
-            let own = header_at(&mut segment, last, stop)?;
-            return Ok(own.map_or(behind, |(_, own)| own == *digest));
         }
         // All frames of the incarnation that this log had and that lie before are trimmed.
         Ok(match parent {
@@ -65,25 +65,52 @@ impl LogReader {
     }
 }
 
-/// Header and digest of a frame, read from where `segment` stands; `None` if the segment ends before.
-fn header_at(
-    segment: &mut Current,
-    wanted: FrameNo,
-    stop: u64,
-) -> Result<Option<(FrameHeader, Digest)>, LogError> {
+/// What a segment says of a frame.
+enum Known {
+    Digest(Digest),
+    /// Its header and that of the next cannot be read.
+    Damaged,
+    /// The segment ends before.
+    Beyond,
+}
+
+/// Looks for a frame's digest: its own, or the `prev` of the next one.
+fn digest_of(segment: &mut Current, wanted: FrameNo, stop: u64) -> Result<Known, LogError> {
     let mut bytes = [0; FRAME_HEADER_LEN];
     while segment.offset < stop {
         let read = segment
             .file
             .read_at(&mut bytes, segment.offset)
             .map_err(LogError::io("reading a segment"))?;
-        let header = check_header(segment, &bytes[..read])
-            .map_err(|error| damaged(&segment.name, segment.offset, error))?;
+        let Ok(header) = check_header(segment, &bytes[..read]) else {
+            return behind_damage(segment, wanted, stop);
+        };
         if header.frame_no == wanted {
-            return Ok(Some((header, frame_digest(&bytes))));
+            return Ok(Known::Digest(frame_digest(&bytes)));
+        }
+        if header.frame_no > wanted {
+            return Ok(Known::Digest(header.prev));
         }
         segment.offset += header.frame_len() as u64;
         segment.next_frame.0 += 1;
     }
-    Ok(None)
+    Ok(Known::Beyond)
+}
+
+/// The same where a damaged header is in the way: the next one that can be told from the bytes.
+fn behind_damage(segment: &Current, wanted: FrameNo, stop: u64) -> Result<Known, LogError> {
+    let mut known = Known::Damaged;
+    let incarnation = segment.header.incarnation;
+    find_header(&*segment.file, segment.offset, stop, &mut |header, _| {
+        if header.incarnation != incarnation || header.frame_no < wanted {
+            return Ok(false);
+        }
+        if header.frame_no == wanted {
+            known = Known::Digest(frame_digest(&header.encode()));
+        } else if header.frame_no.0 == wanted.0 + 1 {
+            known = Known::Digest(header.prev);
+        }
+        Ok(true)
+    })?;
+    Ok(known)
 }

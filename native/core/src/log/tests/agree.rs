@@ -1,4 +1,5 @@
 //! A source that was rolled back must see it by the digests that its target names.
+#![allow(clippy::cast_possible_truncation)]
 
 use super::basics::memory;
 use super::*;
@@ -107,4 +108,41 @@ fn target_that_is_ahead_of_the_log_does_not_agree() {
     assert_eq!(other.header.incarnation, next.header.incarnation);
     other.data(1);
     assert!(!agrees(&directory, &writer.end(), &other));
+}
+
+#[test]
+fn damaged_headers_in_the_way_are_crossed() {
+    let (memory, directory) = memory();
+    let (mut writer, _) = open_as(
+        &directory,
+        LogOptions {
+            segment_bytes_max: 1 << 20,
+            ..INLINE
+        },
+    )
+    .unwrap();
+    let mut maker = FrameMaker::new();
+    writer.begin(&maker.header).unwrap();
+    let mut places = Vec::new();
+    for _ in 0..5 {
+        let offset = writer.end().committed_len.max(256);
+        writer.append(&maker.data(2), true).unwrap();
+        places.push((maker.clone(), offset));
+    }
+    let name = directory.list().unwrap();
+    let name = name.iter().find(|name| name.ends_with(".open")).unwrap();
+    let mut bytes = memory.content(name).unwrap();
+    for number in [1, 3, 4] {
+        bytes[places[number].1 as usize + 70] ^= 1;
+    }
+    memory.place(name, &bytes);
+    let end = writer.end();
+    // Before, at (known from the next), and behind a damaged header; then two in a row: unknown.
+    for (place, _) in &places[..3] {
+        assert!(agrees(&directory, &end, place));
+        assert!(!agrees_with(&directory, &end, place, [8; 32]));
+    }
+    for (place, _) in &places[3..] {
+        assert!(agrees_with(&directory, &end, place, [8; 32]));
+    }
 }
