@@ -34,6 +34,7 @@ fn array<const N: usize>(bytes: &[u8], what: &str) -> PyResult<[u8; N]> {
     bytes.try_into().map_err(wrong)
 }
 
+#[allow(clippy::needless_pass_by_value)] // For `map_err`.
 fn raise_crypto(error: CryptoError) -> PyErr {
     match error {
         CryptoError::InvalidTag => raise(Failure::new(
@@ -70,7 +71,7 @@ impl PyText {
 #[derive(Debug)]
 enum Either {
     Suite(Gcm),
-    Sm4(Sm4Gcm),
+    Sm4(Box<Sm4Gcm>),
 }
 
 /// GCM with a key of a suite.
@@ -90,10 +91,8 @@ impl PyGcm {
         }
         if suite == Suite::Sm4Gcm {
             let kernel = self::kernel(kernel)?;
-            return Ok(Self(Either::Sm4(Sm4Gcm::new(
-                kernel,
-                &array(key, "a key")?,
-            ))));
+            let gcm = Sm4Gcm::new(kernel, &array(key, "a key")?);
+            return Ok(Self(Either::Sm4(Box::new(gcm))));
         }
         if kernel.is_some() {
             return Err(bad_request("only SM4 has kernels"));

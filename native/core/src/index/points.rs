@@ -365,11 +365,7 @@ impl History {
             return point(opening);
         };
         let gap = before.is_some_and(|before| {
-            before.seq.0 + 1 == opening.seq.0
-                && match before.kind {
-                    EventKind::Gap { .. } => true,
-                    _ => false,
-                }
+            before.seq.0 + 1 == opening.seq.0 && matches!(before.kind, EventKind::Gap { .. })
         });
         // Not more records than there are volumes: each incarnation lists all of them first.
         let head = volumes as u64 + u64::from(gap);
