@@ -5,14 +5,17 @@
 //! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file tap
 //! CONTROL BACKING DIRECTORY` is a whole tap server instead, with spool and state under DIRECTORY
 //! and a fixed key. `fuse_file loop-attach FILE`, `loop-detach DEVICE` and `loop-list` are the
-//! functions of those names.
+//! functions of those names. `fuse_file record CONTROL TRACE FILE` is `serve` for one file that also
+//! writes a block trace; `bench/traces.py` says what is in it.
 
 use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ebbtide_core::device::{Allocation, BlockDevice, DeviceError, DeviceInfo, RequestFlags};
 use ebbtide_core::server::control::{Call, ControlServer, Handler, Reply, listen};
@@ -31,6 +34,57 @@ use prost::Message;
 struct FileDevice {
     file: File,
     size: u64,
+    trace: Option<Trace>,
+}
+
+/// Kinds of a trace's entries.
+const TRACE_WRITE: u8 = 1;
+const TRACE_ZERO: u8 = 2;
+const TRACE_DISCARD: u8 = 3;
+const TRACE_FLUSH: u8 = 4;
+
+/// What changed the device, in the order in which it did.
+#[derive(Debug)]
+struct Trace(Mutex<BufWriter<File>>);
+
+impl Trace {
+    fn create(path: &str) -> std::io::Result<Self> {
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        file.write_all(b"EBBTRACE\x01\0\0\0\0\0\0\0")?;
+        Ok(Self(Mutex::new(file)))
+    }
+
+    /// Appends one entry and runs `change` before another entry can follow it.
+    fn record(
+        &self,
+        kind: u8,
+        fua: bool,
+        (offset, length): (u64, u64),
+        content: &[u8],
+        change: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut file = self.0.lock().expect("invariant: no holder panics");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.expect("invariant: the clock is past 1970").as_micros();
+        let time = u64::try_from(now).expect("invariant: microseconds fit for ages");
+        let mut entry = [0; 32];
+        entry[..8].copy_from_slice(&time.to_le_bytes());
+        entry[8..16].copy_from_slice(&offset.to_le_bytes());
+        entry[16..24].copy_from_slice(&length.to_le_bytes());
+        entry[24] = kind;
+        entry[25] = u8::from(fua);
+        file.write_all(&entry)
+            .and_then(|()| file.write_all(content))
+            .and_then(|()| {
+                if kind == TRACE_FLUSH {
+                    file.flush()
+                } else {
+                    Ok(())
+                }
+            })
+            .map_err(|error| device_error(&error))?;
+        change()
+    }
 }
 
 fn device_error(error: &std::io::Error) -> DeviceError {
@@ -38,6 +92,21 @@ fn device_error(error: &std::io::Error) -> DeviceError {
 }
 
 impl FileDevice {
+    /// Runs `change`, and writes it into the trace if there is one.
+    fn traced(
+        &self,
+        kind: u8,
+        fua: bool,
+        range: (u64, u64),
+        content: &[u8],
+        change: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        match &self.trace {
+            Some(trace) => trace.record(kind, fua, range, content, change),
+            None => change(),
+        }
+    }
+
     fn fallocate(&self, offset: u64, length: u64, zero: bool) -> Result<(), DeviceError> {
         use rustix::fs::{FallocateFlags, fallocate};
         let kind = if zero {
@@ -47,6 +116,10 @@ impl FileDevice {
         };
         fallocate(&self.file, kind | FallocateFlags::KEEP_SIZE, offset, length)
             .map_err(|error| device_error(&error.into()))
+    }
+
+    fn sync(&self) -> Result<(), DeviceError> {
+        self.file.sync_data().map_err(|error| device_error(&error))
     }
 }
 
@@ -66,22 +139,31 @@ impl BlockDevice for FileDevice {
     }
 
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> Result<(), DeviceError> {
-        self.file
-            .write_all_at(data, offset)
-            .map_err(|error| device_error(&error))?;
-        if flags.fua { self.flush(flags) } else { Ok(()) }
+        let range = (offset, data.len() as u64);
+        self.traced(TRACE_WRITE, flags.fua, range, data, || {
+            self.file
+                .write_all_at(data, offset)
+                .map_err(|error| device_error(&error))
+        })?;
+        if flags.fua { self.sync() } else { Ok(()) }
     }
 
     fn flush(&self, _: RequestFlags) -> Result<(), DeviceError> {
-        self.file.sync_data().map_err(|error| device_error(&error))
+        // The entry comes first: a FLUSH covers what was answered before it was asked for.
+        self.traced(TRACE_FLUSH, false, (0, 0), &[], || Ok(()))?;
+        self.sync()
     }
 
     fn trim(&self, offset: u64, length: u64, _: RequestFlags) -> Result<(), DeviceError> {
-        self.fallocate(offset, length, false)
+        self.traced(TRACE_DISCARD, false, (offset, length), &[], || {
+            self.fallocate(offset, length, false)
+        })
     }
 
     fn zero(&self, offset: u64, length: u64, _: RequestFlags) -> Result<(), DeviceError> {
-        self.fallocate(offset, length, true)
+        self.traced(TRACE_ZERO, false, (offset, length), &[], || {
+            self.fallocate(offset, length, true)
+        })
     }
 
     fn allocation(
@@ -131,7 +213,7 @@ impl Handler for Server {
     }
 }
 
-fn serve(control: &Path, paths: &[String]) -> Result<(), Failure> {
+fn serve(control: &Path, paths: &[String], trace: Option<&str>) -> Result<(), Failure> {
     let signals = Signals::block()?;
     memory::enter_write_back_path();
     let mut files: Vec<(String, Arc<dyn BlockDevice>)> = Vec::new();
@@ -143,12 +225,14 @@ fn serve(control: &Path, paths: &[String]) -> Result<(), Failure> {
             .open(path)
             .map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
+        let trace = trace.map(Trace::create).transpose();
+        let trace = trace.map_err(|error| Failure::io("create the trace", &error))?;
         let name = Path::new(path)
             .file_name()
             .map(|name| name.to_string_lossy().into_owned());
         files.push((
             name.unwrap_or_default(),
-            Arc::new(FileDevice { file, size }),
+            Arc::new(FileDevice { file, size, trace }),
         ));
     }
     let exit = Exit::new()?;
@@ -233,7 +317,11 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(code).unwrap_or(1));
         }
         ["serve", control, _, ..] => {
-            serve(&PathBuf::from(control), &arguments[2..]).map_err(|error| error.to_string())
+            serve(&PathBuf::from(control), &arguments[2..], None).map_err(|error| error.to_string())
+        }
+        ["record", control, trace, _] => {
+            serve(&PathBuf::from(control), &arguments[3..], Some(trace))
+                .map_err(|error| error.to_string())
         }
         ["tap", control, backing, directory] => {
             let code = tap(control, backing, directory);

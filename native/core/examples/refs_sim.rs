@@ -1,0 +1,1075 @@
+//! Replays a block trace (`bench/traces.py`) and counts the journal bytes that an encoding would make.
+//!
+//! `refs_sim TRACE SCHEME [name=value]...`; schemes: `lz4_4k`, `xor_lz4_4k`, `lz4`, `zstd`, `xor_zstd`,
+//! `prefix`, `copies`. `docs/codec-references.md` explains the last one and has the results.
+#![allow(unsafe_code)]
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs::File;
+use std::io::{BufReader, Read};
+
+const BLOCK: usize = 4096;
+const SEALED: usize = 24;
+
+#[derive(Debug, Clone)]
+struct Options {
+    cache: usize,
+    bound: usize,
+    cell: usize,
+    level: i32,
+    header: usize,
+    delay: u64,
+    /// Least bytes that an origin must give to a block.
+    gain: usize,
+    min_match: usize,
+    min_run: usize,
+    guide_run: usize,
+    anchor_bits: u32,
+    guide: bool,
+    preimage: bool,
+    /// Volume bytes a second that the trace's clock is stretched to; 0 leaves it.
+    rate: u64,
+    from: u64,
+    verify: bool,
+    context: usize,
+    split: bool,
+    limit: u64,
+    clear_refs: bool,
+    only_after: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seg {
+    dst: u16,
+    len: u16,
+    cell: u32,
+    addr: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    time: u64,
+    offset: u64,
+    length: u64,
+    kind: u8,
+    fua: bool,
+    data: Vec<u8>,
+}
+
+fn next_entry(reader: &mut impl Read) -> Option<Entry> {
+    let mut head = [0u8; 32];
+    reader.read_exact(&mut head).ok()?;
+    let word = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
+    let kind = head[24];
+    let mut data = Vec::new();
+    if kind == 1 {
+        data.resize(word(16) as usize, 0);
+        reader.read_exact(&mut data).ok()?;
+    }
+    Some(Entry { time: word(0), offset: word(8), length: word(16), kind, fua: head[25] & 1 == 1, data })
+}
+
+fn varint(value: u64) -> usize {
+    (64 - (value | 1).leading_zeros() as usize).div_ceil(7)
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn zigzag(value: i64) -> u64 {
+    ((value << 1) ^ (value >> 63)) as u64
+}
+
+/// Length of the common prefix.
+fn common(a: &[u8], b: &[u8]) -> usize {
+    let n = a.len().min(b.len());
+    let mut at = 0;
+    while at + 8 <= n {
+        let x = u64::from_le_bytes(a[at..at + 8].try_into().unwrap());
+        let y = u64::from_le_bytes(b[at..at + 8].try_into().unwrap());
+        if x != y {
+            return at + ((x ^ y).trailing_zeros() / 8) as usize;
+        }
+        at += 8;
+    }
+    while at < n && a[at] == b[at] {
+        at += 1;
+    }
+    at
+}
+
+fn common_back(a: &[u8], b: &[u8]) -> usize {
+    let n = a.len().min(b.len());
+    let mut at = 0;
+    while at < n && a[a.len() - 1 - at] == b[b.len() - 1 - at] {
+        at += 1;
+    }
+    at
+}
+
+struct Zstd {
+    context: zstd_safe::CCtx<'static>,
+}
+
+impl Zstd {
+    fn new(level: i32) -> Self {
+        use zstd_safe::CParameter as P;
+        let mut context = zstd_safe::CCtx::create();
+        context.set_parameter(P::CompressionLevel(level)).unwrap();
+        context.set_parameter(P::ContentSizeFlag(false)).unwrap();
+        context.set_parameter(P::ChecksumFlag(false)).unwrap();
+        context.set_parameter(P::DictIdFlag(false)).unwrap();
+        context.set_parameter(P::Format(zstd_safe::FrameFormat::Magicless)).unwrap();
+        Self { context }
+    }
+
+    fn len(&mut self, data: &[u8], out: &mut Vec<u8>) -> usize {
+        out.clear();
+        out.reserve(zstd_safe::compress_bound(data.len()));
+        self.context.compress2(out, data).unwrap().min(data.len())
+    }
+
+    fn len_prefixed(&mut self, prefix: &[u8], data: &[u8], out: &mut Vec<u8>) -> usize {
+        out.clear();
+        out.reserve(zstd_safe::compress_bound(data.len()));
+        // The prefix is used by the next call only, and outlives it.
+        let prefix: &'static [u8] = unsafe { std::mem::transmute(prefix) };
+        self.context.ref_prefix(prefix).unwrap();
+        self.context.compress2(out, data).unwrap().min(data.len())
+    }
+}
+
+fn lz4(data: &[u8], out: &mut Vec<u8>) -> usize {
+    out.resize(data.len() + data.len() / 200 + 64, 0);
+    let n = unsafe {
+        lz4_sys::LZ4_compress_default(
+            data.as_ptr().cast(),
+            out.as_mut_ptr().cast(),
+            data.len() as i32,
+            out.len() as i32,
+        )
+    };
+    (n as usize).min(data.len())
+}
+
+/// Processor time of this thread: the machine may be shared.
+fn cpu_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+const GEAR: [u64; 256] = {
+    let mut table = [0u64; 256];
+    let mut state = 0x1234_5678_9abc_def0u64;
+    let mut i = 0;
+    while i < 256 {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        table[i] = z ^ (z >> 31);
+        i += 1;
+    }
+    table
+};
+/// Bytes of an anchor: two bits of the hash are shifted out a byte.
+const WINDOW: usize = 32;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Cell {
+    start: u64,
+    len: u32,
+    sealed: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Match {
+    dst: usize,
+    len: usize,
+    cell: u32,
+    addr: u64,
+}
+
+/// Literals of recent cells, their anchors, and where the bytes of recent blocks lie.
+struct Copies {
+    ring: Vec<u8>,
+    head: u64,
+    index: Vec<(u32, u32)>,
+    index_bits: u32,
+    granules: Vec<u32>,
+    cells: VecDeque<Cell>,
+    first_cell: u32,
+    places: HashMap<u64, Box<[Seg]>>,
+    owners: Vec<u64>,
+    swept: u64,
+}
+
+const NONE: u32 = u32::MAX;
+const GRANULE: usize = 64;
+
+impl Copies {
+    fn new(cache: usize, anchor_bits: u32) -> Self {
+        let index_bits = (cache >> anchor_bits).next_power_of_two().trailing_zeros();
+        Self {
+            ring: vec![0; cache],
+            head: 0,
+            index: vec![(0, NONE); 1 << index_bits],
+            index_bits,
+            granules: vec![NONE; cache / GRANULE],
+            cells: VecDeque::new(),
+            first_cell: 0,
+            places: HashMap::new(),
+            owners: vec![u64::MAX; cache / GRANULE],
+            swept: 0,
+        }
+    }
+
+    fn tail(&self) -> u64 {
+        (self.head + 2 * (1 << 20)).saturating_sub(self.ring.len() as u64)
+    }
+
+    fn cell(&self, id: u32) -> Option<Cell> {
+        self.cells.get(id.checked_sub(self.first_cell)? as usize).copied()
+    }
+
+    fn bytes(&self, addr: u64, len: usize) -> &[u8] {
+        let at = (addr % self.ring.len() as u64) as usize;
+        &self.ring[at..at + len]
+    }
+
+    fn slot(&self, hash: u64) -> usize {
+        (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - self.index_bits)) as usize
+    }
+
+    /// Space for `len` contiguous bytes.
+    fn place(&mut self, len: usize) -> u64 {
+        let size = self.ring.len() as u64;
+        self.head = self.head.next_multiple_of(GRANULE as u64);
+        if self.head % size + len as u64 > size {
+            self.head = self.head.next_multiple_of(size);
+        }
+        let at = self.head;
+        self.head += len as u64;
+        at
+    }
+
+    fn addr_of(&self, hit: (u32, u32)) -> Option<(u64, u32)> {
+        // Addresses are kept as 32 bits of 1-byte units modulo 2^32, enough for 4 GiB rings.
+        if hit.1 == NONE {
+            return None;
+        }
+        let base = self.head & !0xffff_ffff | u64::from(hit.0);
+        let addr = if base >= self.head { base.checked_sub(1 << 32)? } else { base };
+        if addr < self.tail() {
+            return None;
+        }
+        let cell = self.granules[(addr % self.ring.len() as u64) as usize / GRANULE];
+        Some((addr, cell))
+    }
+}
+
+/// Equal runs of `x` and `y` (same length), at least `min` long: calls `each(at, len)`.
+fn runs(x: &[u8], y: &[u8], min: usize, mut each: impl FnMut(usize, usize)) {
+    let mut at = 0;
+    let n = x.len();
+    while at < n {
+        let len = common(&x[at..], &y[at..]);
+        if len >= min {
+            each(at, len);
+        }
+        at += len;
+        // Skip the difference, eight bytes at a time while no byte agrees for long.
+        at += 1;
+    }
+}
+
+fn gap_class(len: usize) -> usize {
+    match len {
+        0..16 => 0,
+        16..64 => 1,
+        64..512 => 2,
+        512..4096 => 3,
+        _ => 4,
+    }
+}
+
+#[derive(Default)]
+struct Totals {
+    app: u64,
+    stored: u64,
+    journal: u64,
+    frames: u64,
+    cells: u64,
+    headers: u64,
+    tables: u64,
+    overhead: u64,
+    literals: u64,
+    literal_bytes: u64,
+    commands: u64,
+    refs: u64,
+    same: u64,
+    zero: u64,
+    ns: u64,
+    copied: u64,
+    pieces: u64,
+    gaps: [u64; 5],
+    window: (u64, u64),
+    opens: Vec<u32>,
+    read_ns: Vec<u32>,
+}
+
+struct Sim {
+    options: Options,
+    image: Vec<u8>,
+    known: HashSet<u64>,
+    total: Totals,
+    zstd: Zstd,
+    out: Vec<u8>,
+    copies: Copies,
+    counting: bool,
+    recent: Prefix,
+    lits: Vec<u8>,
+    commands: [Vec<u8>; 3],
+    found: Vec<Match>,
+    extra: Vec<u8>,
+}
+
+/// The scheme `prefix`: raw ring of cells, votes, zstd against whole referenced blocks.
+#[derive(Default)]
+struct Prefix {
+    ring: Vec<u8>,
+    closures: HashMap<u64, Vec<u32>>,
+    newest: HashMap<u64, u64>,
+    index: HashMap<u64, u64>,
+    stored: u64,
+    next_cell: u32,
+}
+
+impl Sim {
+    fn new(options: Options, size: usize) -> Self {
+        let copies = Copies::new(options.cache, options.anchor_bits);
+        let recent = Prefix { ring: vec![0; options.cache], ..Prefix::default() };
+        Self {
+            zstd: Zstd::new(options.level),
+            image: vec![0; size],
+            known: HashSet::new(),
+            total: Totals::default(),
+            out: Vec::new(),
+            copies,
+            counting: true,
+            recent,
+            options,
+            lits: Vec::new(),
+            commands: Default::default(),
+            found: Vec::new(),
+            extra: Vec::new(),
+        }
+    }
+
+    fn block(&self, block: u64) -> &[u8] {
+        let at = block as usize * BLOCK;
+        &self.image[at..at + BLOCK]
+    }
+
+    fn frame(&mut self, scheme: &str, records: &[Entry]) {
+        if records.is_empty() {
+            return;
+        }
+        let mut table = 0;
+        let (mut time, mut end) = (records[0].time, 0u64);
+        // (block, content, pre-image where the scheme wants it)
+        let mut stored: Vec<(u64, Vec<u8>, Option<Vec<u8>>)> = Vec::new();
+        let xor = scheme.starts_with("xor");
+        let mut app = 0;
+        for record in records {
+            table += 1 + varint(record.time.saturating_sub(time).max(1));
+            time = record.time;
+            if record.kind == 4 {
+                continue;
+            }
+            let first = record.offset / BLOCK as u64;
+            let last = (record.offset + record.length).div_ceil(BLOCK as u64);
+            table += varint(zigzag(first as i64 - end as i64)) + varint(last - first);
+            end = last;
+            if record.kind != 1 {
+                let range = record.offset as usize..(record.offset + record.length) as usize;
+                self.image[range].fill(0);
+                for block in first..last {
+                    self.known.insert(block);
+                    self.copies.places.remove(&block);
+                }
+                continue;
+            }
+            app += record.length;
+            let mut codes = [false; 3];
+            let from = first as usize * BLOCK;
+            let until = last as usize * BLOCK;
+            let before = self.image[from..until].to_vec();
+            let at = record.offset as usize;
+            self.image[at..at + record.data.len()].copy_from_slice(&record.data);
+            for block in first..last {
+                let content = self.block(block);
+                let old = &before[(block - first) as usize * BLOCK..][..BLOCK];
+                let was_known = self.known.contains(&block);
+                if content.iter().all(|&b| b == 0) {
+                    codes[1] = true;
+                    self.total.zero += u64::from(self.counting);
+                    self.known.insert(block);
+                    self.copies.places.remove(&block);
+                    continue;
+                }
+                if content == old && was_known {
+                    codes[2] = true;
+                    self.total.same += u64::from(self.counting);
+                    continue;
+                }
+                codes[0] = true;
+                let old = (xor && was_known).then(|| old.to_vec());
+                stored.push((block, content.to_vec(), old));
+                self.known.insert(block);
+            }
+            if codes.iter().filter(|&&c| c).count() > 1 {
+                table += (last - first).div_ceil(4) as usize;
+            }
+        }
+        let mut cells_len = 0;
+        let (mut overhead, mut cells) = (0, 0);
+        let begun = cpu_ns();
+        let per_cell = if scheme.ends_with("4k") { 1 } else { self.options.cell / BLOCK };
+        for group in stored.chunks(per_cell) {
+            cells += 1;
+            let raw: Vec<u8> = group
+                .iter()
+                .flat_map(|(_, content, old)| {
+                    let mut content = content.clone();
+                    if let Some(old) = old {
+                        content.iter_mut().zip(old).for_each(|(c, o)| *c ^= o);
+                    }
+                    content
+                })
+                .collect();
+            let (len, extra) = match scheme.trim_start_matches("xor_") {
+                "lz4_4k" | "lz4" => (lz4(&raw, &mut self.out), 0),
+                "zstd" => (self.zstd.len(&raw, &mut self.out), 0),
+                "copies" => self.copies_cell(group),
+                "prefix" => self.prefix_cell(group, &raw),
+                _ => panic!("unknown scheme"),
+            };
+            cells_len += len;
+            // The 4 KiB schemes are the literature's: blocks of a common cell, no tag each.
+            overhead += extra + if per_cell == 1 { 2 } else { SEALED + 5 };
+        }
+        let took = cpu_ns() - begun;
+        if !self.counting {
+            return;
+        }
+        let total = &mut self.total;
+        total.ns += took;
+        total.app += app;
+        total.stored += stored.len() as u64;
+        total.frames += 1;
+        total.cells += cells;
+        total.headers += self.options.header as u64;
+        total.tables += table as u64;
+        total.overhead += overhead as u64;
+        total.journal += (self.options.header + table + overhead + cells_len) as u64;
+        let (from, journal) = total.window;
+        if total.app - from > 500 << 20 {
+            let ratio = (total.app - from) as f64 / (total.journal - journal) as f64;
+            eprint!("{ratio:.1} ");
+            total.window = (total.app, total.journal);
+        }
+    }
+
+    /// Compressed length of one cell with copies from the literals of earlier cells, and the bytes
+    /// of its references.
+    fn copies_cell(&mut self, group: &[(u64, Vec<u8>, Option<Vec<u8>>)]) -> (usize, usize) {
+        let id = self.copies.first_cell + self.copies.cells.len() as u32;
+        self.lits.clear();
+        self.commands.iter_mut().for_each(Vec::clear);
+        let mut origins: Vec<u32> = Vec::new();
+        let mut diagonals: Vec<i64> = Vec::new();
+        let mut places: Vec<(u64, Vec<Seg>)> = Vec::with_capacity(group.len());
+        let mut pending_lits = 0usize;
+        for (block, content, _) in group {
+            self.find(*block, content);
+            self.choose();
+            let mut segs: Vec<Seg> = Vec::with_capacity(self.found.len() * 2 + 1);
+            let mut at = 0;
+            for m in &self.found {
+                if m.dst > at {
+                    self.total.gaps[gap_class(m.dst - at)] += (m.dst - at) as u64;
+                    let addr = self.lits.len() as u64;
+                    segs.push(Seg { dst: at as u16, len: (m.dst - at) as u16, cell: id, addr });
+                    self.lits.extend_from_slice(&content[at..m.dst]);
+                    pending_lits += m.dst - at;
+                }
+                let origin = match origins.iter().position(|&o| o == m.cell) {
+                    Some(at) => at,
+                    None => {
+                        origins.push(m.cell);
+                        diagonals.push(i64::MIN);
+                        origins.len() - 1
+                    }
+                };
+                let cell = self.copies.cell(m.cell).unwrap();
+                let from = (m.addr - cell.start) as i64;
+                let diagonal = from - m.dst as i64;
+                put_varint(&mut self.commands[0], pending_lits as u64);
+                put_varint(&mut self.commands[1], m.len as u64);
+                // Place: origin, and whether it goes on along the diagonal.
+                let same = diagonals[origin] == diagonal;
+                put_varint(&mut self.commands[2], (origin as u64) << 1 | u64::from(!same));
+                if !same {
+                    put_varint(&mut self.extra, from as u64);
+                }
+                diagonals[origin] = diagonal;
+                pending_lits = 0;
+                segs.push(Seg { dst: m.dst as u16, len: m.len as u16, cell: m.cell, addr: m.addr });
+                at = m.dst + m.len;
+                if self.counting {
+                    self.total.copied += m.len as u64;
+                    self.total.pieces += 1;
+                }
+            }
+            if at < BLOCK {
+                self.total.gaps[gap_class(BLOCK - at)] += (BLOCK - at) as u64;
+                let addr = self.lits.len() as u64;
+                segs.push(Seg { dst: at as u16, len: (BLOCK - at) as u16, cell: id, addr });
+                self.lits.extend_from_slice(&content[at..]);
+                pending_lits += BLOCK - at;
+            }
+            places.push((*block, segs));
+        }
+        // References: cells counted back, ascending.
+        let mut sorted = origins.clone();
+        sorted.sort_unstable();
+        let mut refs = Vec::new();
+        let mut before = id;
+        for &cell in sorted.iter().rev() {
+            put_varint(&mut refs, u64::from(before - cell));
+            before = cell;
+        }
+        // Frames back and cell: a byte more each than the distance in cells.
+        let clear = if self.options.clear_refs { refs.len() + origins.len() } else { 0 };
+        let mut commands: Vec<u8> = Vec::new();
+        if !self.options.clear_refs {
+            commands.extend_from_slice(&refs);
+            commands.extend(origins.iter().map(|_| 1u8));
+        }
+        for stream in &self.commands {
+            commands.extend_from_slice(stream);
+        }
+        commands.extend_from_slice(&self.extra);
+        self.extra.clear();
+        let (len, lits_len, commands_len);
+        if self.options.split {
+            commands_len = self.zstd.len(&commands, &mut self.out).min(commands.len()) + 2;
+            let lits = std::mem::take(&mut self.lits);
+            let size = self.copies.ring.len() as u64;
+            let want = (self.options.context << 10) as u64;
+            let at = self.copies.head % size;
+            lits_len = 2 + if want > 0 && at > want {
+                let prefix = self.copies.bytes(self.copies.head - want, want as usize);
+                self.zstd.len_prefixed(prefix, &lits, &mut self.out)
+            } else {
+                self.zstd.len(&lits, &mut self.out)
+            };
+            self.lits = lits;
+            len = commands_len + lits_len;
+        } else {
+            lits_len = 0;
+            let mut all = std::mem::take(&mut self.lits);
+            let n = all.len();
+            all.extend_from_slice(&commands);
+            len = self.zstd.len(&all, &mut self.out) + 4;
+            commands_len = len;
+            all.truncate(n);
+            self.lits = all;
+        }
+        self.keep(id, places, len, group);
+        if self.counting {
+            self.total.literals += lits_len as u64;
+            self.total.literal_bytes += self.lits.len() as u64;
+            self.total.commands += commands_len as u64;
+            self.total.refs += origins.len() as u64;
+        }
+        (len, clear)
+    }
+
+    /// Puts the cell's literals into the cache and notes where its blocks' bytes are.
+    fn keep(
+        &mut self,
+        id: u32,
+        places: Vec<(u64, Vec<Seg>)>,
+        sealed: usize,
+        group: &[(u64, Vec<u8>, Option<Vec<u8>>)],
+    ) {
+        let copies = &mut self.copies;
+        let start = copies.place(self.lits.len());
+        copies.cells.push_back(Cell {
+            start,
+            len: self.lits.len() as u32,
+            sealed: sealed as u32,
+        });
+        let size = copies.ring.len() as u64;
+        let at = (start % size) as usize;
+        copies.ring[at..at + self.lits.len()].copy_from_slice(&self.lits);
+        copies.granules[at / GRANULE..(at + self.lits.len()).div_ceil(GRANULE)].fill(id);
+        let tail = copies.tail();
+        while copies.cells.front().is_some_and(|cell| cell.start < tail) {
+            copies.cells.pop_front();
+            copies.first_cell += 1;
+        }
+        let mask = !0u64 << (64 - self.options.anchor_bits);
+        let mut hash = 0u64;
+        for (at, &byte) in self.lits.iter().enumerate() {
+            hash = (hash << 2).wrapping_add(GEAR[byte as usize]);
+            if hash & mask == 0 && at + 1 >= WINDOW {
+                let slot = copies.slot(hash);
+                copies.index[slot] = ((start + at as u64 + 1) as u32, (hash >> 8) as u32 & 0x7fff_ffff);
+            }
+        }
+        for (block, mut segs) in places {
+            let mut cells: Vec<u32> = Vec::with_capacity(8);
+            for seg in &mut segs {
+                if seg.cell == id {
+                    seg.addr += start;
+                }
+                if !cells.contains(&seg.cell) {
+                    cells.push(seg.cell);
+                }
+                if self.options.guide {
+                    // The newest block that shows these literals.
+                    let at = (seg.addr % size) as usize / GRANULE;
+                    let end = ((seg.addr + u64::from(seg.len) - 1) % size) as usize / GRANULE;
+                    for owner in &mut copies.owners[at..=end] {
+                        *owner = block;
+                    }
+                }
+            }
+            if self.counting {
+                let total = &mut self.total;
+                total.opens.push(cells.len() as u32 + u32::from(!cells.contains(&id)));
+                let mut ns = 0;
+                for &cell in &cells {
+                    let cell = copies.cells.get((cell.wrapping_sub(copies.first_cell)) as usize);
+                    // Open: 2 us, AES-GCM at 4 GB/s; literals through zstd at 1 GB/s.
+                    ns += cell.map_or(0, |c| 2000 + c.sealed / 4 + c.len);
+                }
+                total.read_ns.push(ns);
+            }
+            if self.options.verify {
+                let content = &group.iter().rev().find(|(b, _, _)| *b == block).unwrap().1;
+                if group.iter().filter(|(b, _, _)| *b == block).count() == 1 {
+                    for seg in &segs {
+                        let want = &content[seg.dst as usize..][..seg.len as usize];
+                        assert_eq!(copies.bytes(seg.addr, seg.len as usize), want);
+                    }
+                    assert_eq!(segs.iter().map(|s| s.len as usize).sum::<usize>(), BLOCK);
+                    assert!(cells.len() + usize::from(!cells.contains(&id)) <= self.options.bound);
+                }
+            }
+            copies.places.insert(block, segs.into());
+        }
+        // Blocks whose bytes are all gone need no place; looked at a few times a turn of the ring.
+        if copies.head - copies.swept > size / 4 {
+            copies.swept = copies.head;
+            copies.places.retain(|_, segs| segs.iter().any(|seg| seg.addr >= tail));
+        }
+    }
+
+    /// Fills `found` with copies that cover parts of `content`, in order, without overlap.
+    fn find(&mut self, block: u64, content: &[u8]) {
+        let found = &mut self.found;
+        found.clear();
+        let copies = &self.copies;
+        let min_run = self.options.min_run;
+        if self.options.preimage {
+            if let Some(segs) = copies.places.get(&block) {
+                for seg in segs.iter().filter(|seg| seg.cell >= copies.first_cell) {
+                    let from = seg.dst as usize;
+                    let old = copies.bytes(seg.addr, seg.len as usize);
+                    runs(&content[from..from + old.len()], old, min_run, |at, len| {
+                        found.push(Match {
+                            dst: from + at,
+                            len,
+                            cell: seg.cell,
+                            addr: seg.addr + at as u64,
+                        });
+                    });
+                }
+            }
+        }
+        // What is between them, by anchors; then what is between what those found.
+        for guided in [true, false] {
+            if guided && !self.options.guide {
+                continue;
+            }
+            let before = std::mem::take(&mut self.found);
+            let end = Match { dst: BLOCK, len: 0, cell: 0, addr: 0 };
+            let mut at = 0;
+            for m in before.iter().copied().chain([end]) {
+                if m.dst >= at + WINDOW {
+                    self.search(content, at, m.dst, guided);
+                }
+                if m.len > 0 {
+                    self.found.push(m);
+                }
+                at = m.dst + m.len;
+            }
+        }
+    }
+
+    fn search(&mut self, content: &[u8], from: usize, until: usize, guided: bool) {
+        let copies = &self.copies;
+        let mask = !0u64 << (64 - self.options.anchor_bits);
+        let (mut free, mut at) = (from, from);
+        let mut hash = 0u64;
+        while at < until {
+            hash = (hash << 2).wrapping_add(GEAR[content[at] as usize]);
+            at += 1;
+            if hash & mask != 0 || at < free + WINDOW {
+                continue;
+            }
+            let hit = copies.index[copies.slot(hash)];
+            if hit.1 != (hash >> 8) as u32 & 0x7fff_ffff {
+                continue;
+            }
+            let Some((addr, cell_id)) = copies.addr_of(hit) else { continue };
+            // `addr` is behind the window.
+            let cell_id = if addr % GRANULE as u64 == 0 {
+                copies.granules[((addr - 1) % copies.ring.len() as u64) as usize / GRANULE]
+            } else {
+                cell_id
+            };
+            let Some(cell) = copies.cell(cell_id) else { continue };
+            let end = cell.start + u64::from(cell.len);
+            if addr > end || addr < cell.start + WINDOW as u64 {
+                continue;
+            }
+            let back = common_back(
+                &content[free..at],
+                copies.bytes(cell.start, (addr - cell.start) as usize),
+            );
+            if back < WINDOW {
+                continue;
+            }
+            let ahead = common(&content[at..until], copies.bytes(addr, (end - addr) as usize));
+            if back + ahead < self.options.min_match {
+                continue;
+            }
+            let begin = Match {
+                dst: at - back,
+                len: back + ahead,
+                cell: cell_id,
+                addr: addr - back as u64,
+            };
+            let owner = copies.owners[(begin.addr % copies.ring.len() as u64) as usize / GRANULE];
+            let guide = guided.then(|| copies.places.get(&owner)).flatten();
+            let mut position = at + ahead;
+            let seg = guide.and_then(|segs| {
+                segs.iter().position(|seg| {
+                    addr > seg.addr && addr <= seg.addr + u64::from(seg.len) && seg.cell == cell_id
+                })
+            });
+            if let (Some(segs), Some(number)) = (guide, seg) {
+                // The block that shows this literal shows what follows, too: compare along it.
+                let shift = at as i64
+                    - (i64::from(segs[number].dst) + (addr - segs[number].addr) as i64);
+                let mut stop = free;
+                for seg in segs.iter().filter(|seg| seg.cell >= copies.first_cell) {
+                    let to = i64::from(seg.dst) + shift;
+                    let skip = (stop as i64 - to).max(0);
+                    let len = (i64::from(seg.len) - skip).min(until as i64 - to - skip);
+                    if len <= 0 {
+                        continue;
+                    }
+                    let dst = (to + skip) as usize;
+                    let src = seg.addr + skip as u64;
+                    let old = copies.bytes(src, len as usize);
+                    let found = &mut self.found;
+                    runs(&content[dst..dst + len as usize], old, self.options.guide_run, |o, n| {
+                        found.push(Match { dst: dst + o, len: n, cell: seg.cell, addr: src + o as u64 });
+                        stop = dst + o + n;
+                    });
+                }
+                position = position.max(stop);
+            } else {
+                self.found.push(begin);
+                // After a small change the same origin often goes on.
+                let (mut to, mut src) = (at + ahead, addr + ahead as u64);
+                while to < until && src < end {
+                    let len = (until - to).min((end - src) as usize).min(96);
+                    let mut hit = None;
+                    runs(&content[to..to + len], copies.bytes(src, len), self.options.min_run, |o, _| {
+                        if hit.is_none() {
+                            hit = Some(o);
+                        }
+                    });
+                    let Some(o) = hit else { break };
+                    to += o;
+                    src += o as u64;
+                    let n = common(&content[to..until], copies.bytes(src, (end - src) as usize));
+                    self.found.push(Match { dst: to, len: n, cell: cell_id, addr: src });
+                    to += n;
+                    src += n as u64;
+                    position = to;
+                }
+            }
+            free = position;
+            at = position;
+            hash = 0;
+        }
+    }
+
+    /// Leaves out origins beyond the bound, and those that give too little.
+    fn choose(&mut self) {
+        let mut bytes: Vec<(usize, u32)> = Vec::with_capacity(16);
+        for m in &self.found {
+            match bytes.iter_mut().find(|(_, cell)| *cell == m.cell) {
+                Some((sum, _)) => *sum += m.len,
+                None => bytes.push((m.len, m.cell)),
+            }
+        }
+        bytes.sort_unstable_by(|a, b| b.cmp(a));
+        bytes.retain(|(sum, _)| *sum >= self.options.gain);
+        bytes.truncate(self.options.bound - 1);
+        let before = self.found.len();
+        self.found.retain(|m| bytes.iter().any(|(_, cell)| *cell == m.cell));
+        let _ = before;
+    }
+
+    /// zstd against whole earlier blocks, chosen by votes; what a read opens is counted by cell.
+    fn prefix_cell(&mut self, group: &[(u64, Vec<u8>, Option<Vec<u8>>)], raw: &[u8]) -> (usize, usize) {
+        let recent = &mut self.recent;
+        let slots = (recent.ring.len() / BLOCK) as u64;
+        let oldest = recent.stored.saturating_sub(slots - 512);
+        let mask = !0u64 << (64 - self.options.anchor_bits);
+        let mut votes: HashMap<u64, u32> = HashMap::new();
+        for (block, _, _) in group {
+            if let Some(&slot) = recent.newest.get(block).filter(|&&slot| slot >= oldest) {
+                *votes.entry(slot).or_default() += 16;
+            }
+        }
+        let mut hash = 0u64;
+        let mut anchors = Vec::new();
+        for (at, &byte) in raw.iter().enumerate() {
+            hash = (hash << 2).wrapping_add(GEAR[byte as usize]);
+            if hash & mask == 0 && at >= WINDOW {
+                if let Some(&slot) = recent.index.get(&hash).filter(|&&slot| slot >= oldest) {
+                    *votes.entry(slot).or_default() += 1;
+                }
+                anchors.push((hash, at / BLOCK));
+            }
+        }
+        let mut votes: Vec<(u32, u64)> = votes.into_iter().map(|(s, v)| (v, s)).collect();
+        votes.sort_unstable_by(|a, b| b.cmp(a));
+        let id = recent.next_cell;
+        recent.next_cell += 1;
+        let mut closure = vec![id];
+        let mut prefix: Vec<u8> = Vec::new();
+        let mut refs = 0;
+        for (weight, slot) in votes.into_iter().take(64) {
+            if weight < 2 {
+                break;
+            }
+            let Some(needs) = recent.closures.get(&slot) else { continue };
+            let new: Vec<u32> = needs.iter().copied().filter(|c| !closure.contains(c)).collect();
+            if closure.len() + new.len() > self.options.bound {
+                continue;
+            }
+            closure.extend(new);
+            let at = (slot % slots) as usize * BLOCK;
+            prefix.extend_from_slice(&recent.ring[at..at + BLOCK]);
+            refs += 1;
+        }
+        let len = if prefix.is_empty() {
+            self.zstd.len(raw, &mut self.out)
+        } else {
+            self.zstd.len_prefixed(&prefix, raw, &mut self.out)
+        };
+        if self.counting {
+            self.total.refs += refs;
+            self.total.opens.extend(group.iter().map(|_| closure.len() as u32));
+        }
+        for (block, content, _) in group {
+            let slot = recent.stored;
+            let at = (slot % slots) as usize * BLOCK;
+            recent.ring[at..at + BLOCK].copy_from_slice(content);
+            recent.closures.insert(slot, closure.clone());
+            if slot >= slots {
+                recent.closures.remove(&(slot - slots));
+            }
+            recent.newest.insert(*block, slot);
+            recent.stored += 1;
+        }
+        let first = recent.stored - group.len() as u64;
+        for (hash, block) in anchors {
+            recent.index.insert(hash, first + block as u64);
+        }
+        (len, refs as usize * 5)
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (trace, scheme) = (&arguments[0], arguments[1].as_str());
+    let mut o = Options {
+        cache: 1 << 30,
+        bound: 32,
+        cell: 1 << 16,
+        level: 1,
+        header: 256,
+        delay: 10_000,
+        gain: 32,
+        min_match: 32,
+        min_run: 12,
+        guide_run: 24,
+        anchor_bits: 5,
+        guide: false,
+        preimage: true,
+        rate: 0,
+        from: 0,
+        verify: false,
+        context: 0,
+        split: true,
+        limit: u64::MAX,
+        clear_refs: false,
+        only_after: true,
+    };
+    for word in &arguments[2..] {
+        let (name, value) = word.split_once('=').expect("name=value");
+        let number: i64 = value.parse().expect("a number");
+        match name {
+            "cache" => o.cache = (number as usize) << 20,
+            "bound" => o.bound = number as usize,
+            "cell" => o.cell = (number as usize) << 10,
+            "level" => o.level = number as i32,
+            "header" => o.header = number as usize,
+            "delay" => o.delay = number as u64,
+            "gain" => o.gain = number as usize,
+            "match" => o.min_match = number as usize,
+            "run" => o.min_run = number as usize,
+            "guide_run" => o.guide_run = number as usize,
+            "anchor" => o.anchor_bits = number as u32,
+            "guide" => o.guide = number != 0,
+            "preimage" => o.preimage = number != 0,
+            "rate" => o.rate = number as u64,
+            "from" => o.from = number as u64,
+            "verify" => o.verify = number != 0,
+            "context" => o.context = number as usize,
+            "split" => o.split = number != 0,
+            "limit" => o.limit = (number as u64) << 20,
+            "clear" => o.clear_refs = number != 0,
+            "cold" => o.only_after = number != 0,
+            _ => panic!("unknown option {name}"),
+        }
+    }
+    if o.from == 0 {
+        let about = std::fs::read_to_string(trace.replace(".trace", ".json")).unwrap_or_default();
+        let number = about.split("\"load_from_us\": ").nth(1).and_then(|rest| rest.split(',').next());
+        o.from = number.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+    }
+    let file = File::open(trace).expect("the trace");
+    // Pass one: average rate of the load.
+    let mut stretch = 1.0;
+    if o.rate > 0 {
+        let mut reader = BufReader::with_capacity(1 << 20, &file);
+        reader.read_exact(&mut [0; 16]).unwrap();
+        let (mut bytes, mut first, mut last) = (0u64, 0, 0);
+        while let Some(entry) = next_entry(&mut reader) {
+            if entry.time >= o.from && entry.kind == 1 {
+                first = if first == 0 { entry.time } else { first };
+                last = entry.time;
+                bytes += entry.length;
+            }
+        }
+        stretch = bytes as f64 / o.rate as f64 / ((last - first).max(1) as f64 / 1e6);
+    }
+    let file = File::open(trace).expect("the trace");
+    let mut reader = BufReader::with_capacity(1 << 20, file);
+    reader.read_exact(&mut [0; 16]).unwrap();
+    let mut sim = Sim::new(o.clone(), 8 << 30);
+    let mut waiting: Vec<Entry> = Vec::new();
+    let (mut waiting_bytes, mut opened) = (0u64, 0u64);
+    while let Some(mut entry) = next_entry(&mut reader) {
+        if entry.time < o.from && o.only_after {
+            let (at, n) = (entry.offset as usize, entry.length as usize);
+            match entry.kind {
+                1 => sim.image[at..at + n].copy_from_slice(&entry.data),
+                2 | 3 => sim.image[at..at + n].fill(0),
+                _ => {}
+            }
+            continue;
+        }
+        sim.counting = entry.time >= o.from;
+        entry.time = (entry.time as f64 * stretch) as u64;
+        if !waiting.is_empty() && entry.time - opened.min(entry.time) > o.delay {
+            sim.frame(scheme, &waiting);
+            waiting.clear();
+            waiting_bytes = 0;
+        }
+        if sim.total.app > o.limit {
+            break;
+        }
+        if waiting.is_empty() {
+            if entry.kind == 4 {
+                continue;
+            }
+            opened = entry.time;
+        }
+        let flush = entry.kind == 4 || entry.fua;
+        waiting_bytes += entry.data.len() as u64;
+        waiting.push(entry);
+        if flush || waiting_bytes >= 1 << 20 {
+            sim.frame(scheme, &waiting);
+            waiting.clear();
+            waiting_bytes = 0;
+        }
+    }
+    sim.frame(scheme, &waiting);
+    let t = &mut sim.total;
+    let percentile = |values: &mut Vec<u32>, p: usize| {
+        values.sort_unstable();
+        values.get((values.len() * p / 100).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
+    };
+    let app = t.app as f64;
+    let rate = app / 1e9 / (t.ns as f64 / 1e9);
+    println!(
+        "{scheme} {} ratio {:.2} app {:.0} MB journal {:.1} MB frames {} ({:.0} B) rate {:.2} GB/s | header {:.1} table {:.1} cell+refs {:.1} lits {:.1} (raw {:.0}) cmds {:.1} MB | stored {} same {} zero {} | copied {:.0} MB pieces/blk {:.1} refs/cell {:.1} | opens p50 {} p90 {} p99 {} max {} read us p50 {} p99 {} | segs {:.0} MB gaps {:?}",
+        arguments[2..].join(" "),
+        app / t.journal as f64,
+        app / 1e6,
+        t.journal as f64 / 1e6,
+        t.frames,
+        app / t.frames.max(1) as f64,
+        rate,
+        t.headers as f64 / 1e6,
+        t.tables as f64 / 1e6,
+        t.overhead as f64 / 1e6,
+        t.literals as f64 / 1e6,
+        t.literal_bytes as f64 / 1e6,
+        t.commands as f64 / 1e6,
+        t.stored,
+        t.same,
+        t.zero,
+        t.copied as f64 / 1e6,
+        t.pieces as f64 / t.stored.max(1) as f64,
+        t.refs as f64 / t.cells.max(1) as f64,
+        percentile(&mut t.opens, 50),
+        percentile(&mut t.opens, 90),
+        percentile(&mut t.opens, 99),
+        percentile(&mut t.opens, 100),
+        percentile(&mut t.read_ns, 50) / 1000,
+        percentile(&mut t.read_ns, 99) / 1000,
+        sim.copies.places.values().map(|s| s.len() * 16 + 32).sum::<usize>() as f64 / 1e6,
+        t.gaps.map(|bytes| bytes / 1_000_000),
+    );
+}
