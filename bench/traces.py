@@ -12,7 +12,7 @@ time_us u64 | offset u64 | length u64 | kind u8 | flags u8 | zero * 6 | content
 kind: 1 write (content is `length` bytes), 2 zero, 3 discard, 4 flush;  flags: 1 FUA
 ```
 
-Integers are little-endian, offsets and lengths are bytes, times are microseconds since the Unix epoch.
+Integers are little-endian, offsets and lengths are bytes, times are microseconds since 1970.
 Entries stand in the order in which they changed the device. A flush stands where it was asked for.
 `NAME.json` says what ran, and `load_from_us`, the time at which the load proper began: before it
 lie mkfs and the filling of tables.
@@ -54,7 +54,7 @@ def _run(*command: object, **options: Any) -> str:
     )
     if done.returncode:
         raise RuntimeError(f"{command[0]}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def _as_user(name: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _recorded_device(trace: Path, size: int) -> Iterator[str]:
         (top / "fuse").mkdir()
         with image.open("wb") as file:
             file.truncate(size)
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         servers = [
             subprocess.Popen([_TOOL, "holder", holder, top / "fuse"], **quiet),
             subprocess.Popen([_TOOL, "record", control, trace, image], **quiet),
@@ -104,13 +104,15 @@ def _recorded_device(trace: Path, size: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _recorded_ext4(trace: Path, size: int) -> Iterator[Path]:
-    with _recorded_device(trace, size) as device, tempfile.TemporaryDirectory(
-        prefix="ebb-trace-mount-", dir="/var/tmp"
-    ) as mount:
+    with (
+        _recorded_device(trace, size) as device,
+        tempfile.TemporaryDirectory(prefix="ebb-trace-mount-", dir="/var/tmp") as mount,
+    ):
         _run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
         _run("mount", "-o", "noatime", device, mount)
         try:
-            os.chmod(mount, 0o755)
+            # The databases' accounts must pass through.
+            Path(mount).chmod(0o711)
             yield Path(mount)
             _run("sync")
         finally:
@@ -260,7 +262,7 @@ def _small_files(trace: Path, begun: Callable[[], None]) -> Load:
 
 
 def _dicom(trace: Path, begun: Callable[[], None]) -> Load:
-    """512 x 512 slices of 16 bits: a smooth body with noise, a header of tags, fsynced one by one."""
+    """512 x 512 slices of 16 bits: a smooth body with noise, a header, fsynced one by one."""
     rng = random.Random(_SEED)
     slices = 1000
     with _recorded_ext4(trace, 2 * _GIB) as mount:
@@ -281,7 +283,7 @@ def _dicom(trace: Path, begun: Callable[[], None]) -> Load:
 
 
 def _encrypted(trace: Path, begun: Callable[[], None]) -> Load:
-    """An encrypted disk image (AES-CTR at rest, a new key each time) that is filled and rewritten."""
+    """An encrypted image, filled and rewritten; ciphertext is random bytes to everyone else."""
     with _recorded_ext4(trace, 2 * _GIB) as mount:
         begun()
         with (mount / "vault.img").open("w+b") as file:

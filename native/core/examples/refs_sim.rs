@@ -2,7 +2,9 @@
 //!
 //! `refs_sim TRACE SCHEME [name=value]...`; schemes: `lz4_4k`, `xor_lz4_4k`, `lz4`, `zstd`, `xor_zstd`,
 //! `prefix`, `copies`. `docs/codec-references.md` explains the last one and has the results.
-#![allow(unsafe_code)]
+//! It measures and is no part of the product: sizes are cast freely, and lifetimes of zstd's
+//! dictionaries are stretched to the call that uses them.
+#![allow(unsafe_code, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
@@ -23,16 +25,20 @@ struct Options {
     gain: usize,
     min_match: usize,
     min_run: usize,
-    guide_run: usize,
     anchor_bits: u32,
-    guide: bool,
+    keep: u32,
+    chances: u32,
     preimage: bool,
     /// Volume bytes a second that the trace's clock is stretched to; 0 leaves it.
     rate: u64,
     from: u64,
     verify: bool,
-    context: usize,
     split: bool,
+    /// A cell whose literals are fewer KiB than this is compressed with an earlier cell's as context.
+    context: usize,
+    /// That cell has at least so many KiB of literals; another is taken after so many KiB.
+    context_min: usize,
+    context_turn: usize,
     limit: u64,
     clear_refs: bool,
     only_after: bool,
@@ -43,7 +49,8 @@ struct Seg {
     dst: u16,
     len: u16,
     cell: u32,
-    addr: u64,
+    /// In the literals of the cell.
+    from: u32,
 }
 
 #[derive(Debug)]
@@ -66,7 +73,14 @@ fn next_entry(reader: &mut impl Read) -> Option<Entry> {
         data.resize(word(16) as usize, 0);
         reader.read_exact(&mut data).ok()?;
     }
-    Some(Entry { time: word(0), offset: word(8), length: word(16), kind, fua: head[25] & 1 == 1, data })
+    Some(Entry {
+        time: word(0),
+        offset: word(8),
+        length: word(16),
+        kind,
+        fua: head[25] & 1 == 1,
+        data,
+    })
 }
 
 fn varint(value: u64) -> usize {
@@ -114,6 +128,7 @@ fn common_back(a: &[u8], b: &[u8]) -> usize {
 
 struct Zstd {
     context: zstd_safe::CCtx<'static>,
+    dictionary: Option<Box<zstd_safe::CDict<'static>>>,
 }
 
 impl Zstd {
@@ -124,14 +139,36 @@ impl Zstd {
         context.set_parameter(P::ContentSizeFlag(false)).unwrap();
         context.set_parameter(P::ChecksumFlag(false)).unwrap();
         context.set_parameter(P::DictIdFlag(false)).unwrap();
-        context.set_parameter(P::Format(zstd_safe::FrameFormat::Magicless)).unwrap();
-        Self { context }
+        context
+            .set_parameter(P::Format(zstd_safe::FrameFormat::Magicless))
+            .unwrap();
+        Self {
+            context,
+            dictionary: None,
+        }
     }
 
     fn len(&mut self, data: &[u8], out: &mut Vec<u8>) -> usize {
         out.clear();
         out.reserve(zstd_safe::compress_bound(data.len()));
         self.context.compress2(out, data).unwrap().min(data.len())
+    }
+
+    fn set_dictionary(&mut self, content: &[u8], level: i32) {
+        self.dictionary = Some(Box::new(zstd_safe::create_cdict(content, level)));
+    }
+
+    fn len_with_dictionary(&mut self, data: &[u8], out: &mut Vec<u8>) -> usize {
+        out.clear();
+        out.reserve(zstd_safe::compress_bound(data.len()));
+        let dictionary = self.dictionary.as_deref().unwrap();
+        // It is taken away again before another can replace it.
+        let dictionary: &'static zstd_safe::CDict<'static> =
+            unsafe { std::mem::transmute(dictionary) };
+        self.context.ref_cdict(dictionary).unwrap();
+        let len = self.context.compress2(out, data).unwrap().min(data.len());
+        self.context.disable_dictionary().unwrap();
+        len
     }
 
     fn len_prefixed(&mut self, prefix: &[u8], data: &[u8], out: &mut Vec<u8>) -> usize {
@@ -159,7 +196,10 @@ fn lz4(data: &[u8], out: &mut Vec<u8>) -> usize {
 
 /// Processor time of this thread: the machine may be shared.
 fn cpu_ns() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
@@ -183,95 +223,147 @@ const WINDOW: usize = 32;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
+    /// In the ring; `GONE` if the literals are no longer there.
     start: u64,
     len: u32,
     sealed: u32,
+    /// The cell whose literals must be known to decompress this one's; itself if none.
+    context: u32,
+    /// Bytes that others copied since the literals were put there.
+    used: u32,
 }
+
+const GONE: u64 = u64::MAX;
 
 #[derive(Debug, Clone, Copy)]
 struct Match {
     dst: usize,
     len: usize,
     cell: u32,
-    addr: u64,
+    from: u32,
 }
 
 /// Literals of recent cells, their anchors, and where the bytes of recent blocks lie.
 struct Copies {
     ring: Vec<u8>,
     head: u64,
-    index: Vec<(u32, u32)>,
+    /// Cells whose literals lie in the ring, oldest first.
+    order: VecDeque<u32>,
+    /// Anchor -> cell (32 bits), offset behind the anchor (20), more of its hash (12).
+    index: Vec<u64>,
     index_bits: u32,
-    granules: Vec<u32>,
-    cells: VecDeque<Cell>,
-    first_cell: u32,
+    cells: Vec<Cell>,
     places: HashMap<u64, Box<[Seg]>>,
-    owners: Vec<u64>,
     swept: u64,
+    keep: u32,
+    chances: u32,
 }
 
-const NONE: u32 = u32::MAX;
-const GRANULE: usize = 64;
+const EMPTY: u64 = u64::MAX;
 
 impl Copies {
-    fn new(cache: usize, anchor_bits: u32) -> Self {
+    fn new(cache: usize, anchor_bits: u32, keep: u32, chances: u32) -> Self {
         let index_bits = (cache >> anchor_bits).next_power_of_two().trailing_zeros();
         Self {
-            ring: vec![0; cache],
+            // Not zero: the pages are touched here, not in what is timed.
+            ring: vec![1; cache],
             head: 0,
-            index: vec![(0, NONE); 1 << index_bits],
+            order: VecDeque::new(),
+            index: vec![EMPTY; 1 << index_bits],
             index_bits,
-            granules: vec![NONE; cache / GRANULE],
-            cells: VecDeque::new(),
-            first_cell: 0,
+            cells: Vec::new(),
             places: HashMap::new(),
-            owners: vec![u64::MAX; cache / GRANULE],
             swept: 0,
+            keep,
+            chances,
         }
     }
 
-    fn tail(&self) -> u64 {
-        (self.head + 2 * (1 << 20)).saturating_sub(self.ring.len() as u64)
+    fn there(&self, cell: u32) -> bool {
+        self.cells[cell as usize].start != GONE
     }
 
-    fn cell(&self, id: u32) -> Option<Cell> {
-        self.cells.get(id.checked_sub(self.first_cell)? as usize).copied()
+    /// Whether the whole content of a block is in the cache.
+    fn holds(&self, block: u64) -> bool {
+        let place = self.places.get(&block);
+        place.is_some_and(|segs| segs.iter().all(|seg| self.there(seg.cell)))
     }
 
-    fn bytes(&self, addr: u64, len: usize) -> &[u8] {
-        let at = (addr % self.ring.len() as u64) as usize;
-        &self.ring[at..at + len]
+    /// Literals of a cell that is there.
+    fn literals(&self, cell: u32) -> &[u8] {
+        let Cell { start, len, .. } = self.cells[cell as usize];
+        let at = (start % self.ring.len() as u64) as usize;
+        &self.ring[at..at + len as usize]
     }
 
     fn slot(&self, hash: u64) -> usize {
         (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - self.index_bits)) as usize
     }
 
-    /// Space for `len` contiguous bytes.
-    fn place(&mut self, len: usize) -> u64 {
-        let size = self.ring.len() as u64;
-        self.head = self.head.next_multiple_of(GRANULE as u64);
-        if self.head % size + len as u64 > size {
-            self.head = self.head.next_multiple_of(size);
+    fn prefetch(&self, hash: u64) {
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(self.index.as_ptr().add(self.slot(hash)).cast());
         }
-        let at = self.head;
-        self.head += len as u64;
-        at
     }
 
-    fn addr_of(&self, hit: (u32, u32)) -> Option<(u64, u32)> {
-        // Addresses are kept as 32 bits of 1-byte units modulo 2^32, enough for 4 GiB rings.
-        if hit.1 == NONE {
-            return None;
+    /// The next `len` bytes of the ring, contiguous, and who is in their way.
+    fn space(&self, len: usize) -> u64 {
+        let size = self.ring.len() as u64;
+        if self.head % size + len as u64 > size {
+            self.head.next_multiple_of(size)
+        } else {
+            self.head
         }
-        let base = self.head & !0xffff_ffff | u64::from(hit.0);
-        let addr = if base >= self.head { base.checked_sub(1 << 32)? } else { base };
-        if addr < self.tail() {
-            return None;
-        }
-        let cell = self.granules[(addr % self.ring.len() as u64) as usize / GRANULE];
-        Some((addr, cell))
     }
+
+    /// Puts literals of `cell` into the ring. Cells that others copied from go on to the front; after
+    /// each such cell the next one goes whatever it gave, for a loop longer than the cache would keep all.
+    fn insert(&mut self, cell: u32, literals: &[u8]) {
+        let size = self.ring.len() as u64;
+        let mut chances = self.chances;
+        let mut held: Vec<(u32, Vec<u8>)> = vec![(cell, literals.to_vec())];
+        while let Some((cell, bytes)) = held.pop() {
+            let start = self.space(bytes.len());
+            let end = start + bytes.len() as u64;
+            while let Some(&old) = self.order.front() {
+                let victim = self.cells[old as usize];
+                if victim.start + size >= end {
+                    break;
+                }
+                self.order.pop_front();
+                let stays = self.keep > 0
+                    && chances > 0
+                    && u64::from(victim.used) * 100 >= u64::from(victim.len) * u64::from(self.keep);
+                if stays {
+                    chances -= 1;
+                    held.push((old, self.literals(old).to_vec()));
+                } else {
+                    self.cells[old as usize].start = GONE;
+                }
+            }
+            let at = (start % size) as usize;
+            self.ring[at..at + bytes.len()].copy_from_slice(&bytes);
+            self.cells[cell as usize].start = start;
+            self.cells[cell as usize].used = 0;
+            self.head = end;
+            self.order.push_back(cell);
+        }
+    }
+}
+
+/// Where the first run of at least `min` equal bytes begins.
+fn next_run(x: &[u8], y: &[u8], min: usize) -> Option<usize> {
+    let mut at = 0;
+    while at + min <= x.len() {
+        let len = common(&x[at..], &y[at..]);
+        if len >= min {
+            return Some(at);
+        }
+        at += len + 1;
+    }
+    None
 }
 
 /// Equal runs of `x` and `y` (same length), at least `min` long: calls `each(at, len)`.
@@ -336,7 +428,10 @@ struct Sim {
     recent: Prefix,
     lits: Vec<u8>,
     commands: [Vec<u8>; 3],
+    /// The cell that gives context at present, and bytes of literals since it was chosen.
+    context: (u32, usize),
     found: Vec<Match>,
+    anchors: Vec<(usize, u64)>,
     extra: Vec<u8>,
 }
 
@@ -353,8 +448,16 @@ struct Prefix {
 
 impl Sim {
     fn new(options: Options, size: usize) -> Self {
-        let copies = Copies::new(options.cache, options.anchor_bits);
-        let recent = Prefix { ring: vec![0; options.cache], ..Prefix::default() };
+        let copies = Copies::new(
+            options.cache,
+            options.anchor_bits,
+            options.keep,
+            options.chances,
+        );
+        let recent = Prefix {
+            ring: vec![0; options.cache], // only touched by its scheme
+            ..Prefix::default()
+        };
         Self {
             zstd: Zstd::new(options.level),
             image: vec![0; size],
@@ -367,7 +470,9 @@ impl Sim {
             options,
             lits: Vec::new(),
             commands: Default::default(),
+            context: (u32::MAX, 0),
             found: Vec::new(),
+            anchors: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -416,7 +521,8 @@ impl Sim {
             for block in first..last {
                 let content = self.block(block);
                 let old = &before[(block - first) as usize * BLOCK..][..BLOCK];
-                let was_known = self.known.contains(&block);
+                let was_known =
+                    self.known.contains(&block) && (scheme != "copies" || self.copies.holds(block));
                 if content.iter().all(|&b| b == 0) {
                     codes[1] = true;
                     self.total.zero += u64::from(self.counting);
@@ -441,11 +547,16 @@ impl Sim {
         let mut cells_len = 0;
         let (mut overhead, mut cells) = (0, 0);
         let begun = cpu_ns();
-        let per_cell = if scheme.ends_with("4k") { 1 } else { self.options.cell / BLOCK };
+        let per_cell = if scheme.ends_with("4k") {
+            1
+        } else {
+            self.options.cell / BLOCK
+        };
         for group in stored.chunks(per_cell) {
             cells += 1;
             let raw: Vec<u8> = group
                 .iter()
+                .filter(|_| scheme != "copies")
                 .flat_map(|(_, content, old)| {
                     let mut content = content.clone();
                     if let Some(old) = old {
@@ -490,7 +601,7 @@ impl Sim {
     /// Compressed length of one cell with copies from the literals of earlier cells, and the bytes
     /// of its references.
     fn copies_cell(&mut self, group: &[(u64, Vec<u8>, Option<Vec<u8>>)]) -> (usize, usize) {
-        let id = self.copies.first_cell + self.copies.cells.len() as u32;
+        let id = self.copies.cells.len() as u32;
         self.lits.clear();
         self.commands.iter_mut().for_each(Vec::clear);
         let mut origins: Vec<u32> = Vec::new();
@@ -505,8 +616,13 @@ impl Sim {
             for m in &self.found {
                 if m.dst > at {
                     self.total.gaps[gap_class(m.dst - at)] += (m.dst - at) as u64;
-                    let addr = self.lits.len() as u64;
-                    segs.push(Seg { dst: at as u16, len: (m.dst - at) as u16, cell: id, addr });
+                    let from = self.lits.len() as u32;
+                    segs.push(Seg {
+                        dst: at as u16,
+                        len: (m.dst - at) as u16,
+                        cell: id,
+                        from,
+                    });
                     self.lits.extend_from_slice(&content[at..m.dst]);
                     pending_lits += m.dst - at;
                 }
@@ -518,20 +634,28 @@ impl Sim {
                         origins.len() - 1
                     }
                 };
-                let cell = self.copies.cell(m.cell).unwrap();
-                let from = (m.addr - cell.start) as i64;
+                let from = i64::from(m.from);
+                self.copies.cells[m.cell as usize].used += m.len as u32;
                 let diagonal = from - m.dst as i64;
                 put_varint(&mut self.commands[0], pending_lits as u64);
                 put_varint(&mut self.commands[1], m.len as u64);
                 // Place: origin, and whether it goes on along the diagonal.
                 let same = diagonals[origin] == diagonal;
-                put_varint(&mut self.commands[2], (origin as u64) << 1 | u64::from(!same));
+                put_varint(
+                    &mut self.commands[2],
+                    (origin as u64) << 1 | u64::from(!same),
+                );
                 if !same {
                     put_varint(&mut self.extra, from as u64);
                 }
                 diagonals[origin] = diagonal;
                 pending_lits = 0;
-                segs.push(Seg { dst: m.dst as u16, len: m.len as u16, cell: m.cell, addr: m.addr });
+                segs.push(Seg {
+                    dst: m.dst as u16,
+                    len: m.len as u16,
+                    cell: m.cell,
+                    from: m.from,
+                });
                 at = m.dst + m.len;
                 if self.counting {
                     self.total.copied += m.len as u64;
@@ -540,8 +664,13 @@ impl Sim {
             }
             if at < BLOCK {
                 self.total.gaps[gap_class(BLOCK - at)] += (BLOCK - at) as u64;
-                let addr = self.lits.len() as u64;
-                segs.push(Seg { dst: at as u16, len: (BLOCK - at) as u16, cell: id, addr });
+                let from = self.lits.len() as u32;
+                segs.push(Seg {
+                    dst: at as u16,
+                    len: (BLOCK - at) as u16,
+                    cell: id,
+                    from,
+                });
                 self.lits.extend_from_slice(&content[at..]);
                 pending_lits += BLOCK - at;
             }
@@ -557,7 +686,11 @@ impl Sim {
             before = cell;
         }
         // Frames back and cell: a byte more each than the distance in cells.
-        let clear = if self.options.clear_refs { refs.len() + origins.len() } else { 0 };
+        let clear = if self.options.clear_refs {
+            refs.len() + origins.len()
+        } else {
+            0
+        };
         let mut commands: Vec<u8> = Vec::new();
         if !self.options.clear_refs {
             commands.extend_from_slice(&refs);
@@ -569,18 +702,26 @@ impl Sim {
         commands.extend_from_slice(&self.extra);
         self.extra.clear();
         let (len, lits_len, commands_len);
+        let mut uses = id;
         if self.options.split {
             commands_len = self.zstd.len(&commands, &mut self.out).min(commands.len()) + 2;
             let lits = std::mem::take(&mut self.lits);
-            let size = self.copies.ring.len() as u64;
-            let want = (self.options.context << 10) as u64;
-            let at = self.copies.head % size;
-            lits_len = 2 + if want > 0 && at > want {
-                let prefix = self.copies.bytes(self.copies.head - want, want as usize);
-                self.zstd.len_prefixed(prefix, &lits, &mut self.out)
+            let (key, since) = self.context;
+            let small = lits.len() < self.options.context << 10 && !lits.is_empty();
+            if small && key != u32::MAX && self.copies.there(key) {
+                lits_len = self.zstd.len_with_dictionary(&lits, &mut self.out) + 2;
+                uses = key;
             } else {
-                self.zstd.len(&lits, &mut self.out)
-            };
+                lits_len = self.zstd.len(&lits, &mut self.out) + 2;
+                let due = since > self.options.context_turn << 10
+                    || key == u32::MAX
+                    || !self.copies.there(key);
+                if due && self.options.context > 0 && lits.len() >= self.options.context_min << 10 {
+                    self.zstd.set_dictionary(&lits, self.options.level);
+                    self.context = (id, 0);
+                }
+            }
+            self.context.1 += lits.len();
             self.lits = lits;
             len = commands_len + lits_len;
         } else {
@@ -593,7 +734,7 @@ impl Sim {
             all.truncate(n);
             self.lits = all;
         }
-        self.keep(id, places, len, group);
+        self.keep(id, uses, places, len, group);
         if self.counting {
             self.total.literals += lits_len as u64;
             self.total.literal_bytes += self.lits.len() as u64;
@@ -607,61 +748,49 @@ impl Sim {
     fn keep(
         &mut self,
         id: u32,
+        context: u32,
         places: Vec<(u64, Vec<Seg>)>,
         sealed: usize,
         group: &[(u64, Vec<u8>, Option<Vec<u8>>)],
     ) {
         let copies = &mut self.copies;
-        let start = copies.place(self.lits.len());
-        copies.cells.push_back(Cell {
-            start,
+        copies.cells.push(Cell {
+            start: GONE,
             len: self.lits.len() as u32,
             sealed: sealed as u32,
+            context,
+            used: 0,
         });
-        let size = copies.ring.len() as u64;
-        let at = (start % size) as usize;
-        copies.ring[at..at + self.lits.len()].copy_from_slice(&self.lits);
-        copies.granules[at / GRANULE..(at + self.lits.len()).div_ceil(GRANULE)].fill(id);
-        let tail = copies.tail();
-        while copies.cells.front().is_some_and(|cell| cell.start < tail) {
-            copies.cells.pop_front();
-            copies.first_cell += 1;
-        }
+        copies.insert(id, &self.lits);
         let mask = !0u64 << (64 - self.options.anchor_bits);
         let mut hash = 0u64;
         for (at, &byte) in self.lits.iter().enumerate() {
             hash = (hash << 2).wrapping_add(GEAR[byte as usize]);
             if hash & mask == 0 && at + 1 >= WINDOW {
                 let slot = copies.slot(hash);
-                copies.index[slot] = ((start + at as u64 + 1) as u32, (hash >> 8) as u32 & 0x7fff_ffff);
+                copies.index[slot] =
+                    u64::from(id) << 32 | (at as u64 + 1) << 12 | hash >> 8 & 0xfff;
             }
         }
-        for (block, mut segs) in places {
+        for (block, segs) in places {
             let mut cells: Vec<u32> = Vec::with_capacity(8);
-            for seg in &mut segs {
-                if seg.cell == id {
-                    seg.addr += start;
-                }
-                if !cells.contains(&seg.cell) {
-                    cells.push(seg.cell);
-                }
-                if self.options.guide {
-                    // The newest block that shows these literals.
-                    let at = (seg.addr % size) as usize / GRANULE;
-                    let end = ((seg.addr + u64::from(seg.len) - 1) % size) as usize / GRANULE;
-                    for owner in &mut copies.owners[at..=end] {
-                        *owner = block;
+            for seg in &segs {
+                for cell in [seg.cell, copies.cells[seg.cell as usize].context] {
+                    if !cells.contains(&cell) {
+                        cells.push(cell);
                     }
                 }
             }
             if self.counting {
                 let total = &mut self.total;
-                total.opens.push(cells.len() as u32 + u32::from(!cells.contains(&id)));
+                total
+                    .opens
+                    .push(cells.len() as u32 + u32::from(!cells.contains(&id)));
                 let mut ns = 0;
                 for &cell in &cells {
-                    let cell = copies.cells.get((cell.wrapping_sub(copies.first_cell)) as usize);
+                    let cell = copies.cells[cell as usize];
                     // Open: 2 us, AES-GCM at 4 GB/s; literals through zstd at 1 GB/s.
-                    ns += cell.map_or(0, |c| 2000 + c.sealed / 4 + c.len);
+                    ns += 2000 + cell.sealed / 4 + cell.len;
                 }
                 total.read_ns.push(ns);
             }
@@ -670,7 +799,8 @@ impl Sim {
                 if group.iter().filter(|(b, _, _)| *b == block).count() == 1 {
                     for seg in &segs {
                         let want = &content[seg.dst as usize..][..seg.len as usize];
-                        assert_eq!(copies.bytes(seg.addr, seg.len as usize), want);
+                        let literals = copies.literals(seg.cell);
+                        assert_eq!(&literals[seg.from as usize..][..seg.len as usize], want);
                     }
                     assert_eq!(segs.iter().map(|s| s.len as usize).sum::<usize>(), BLOCK);
                     assert!(cells.len() + usize::from(!cells.contains(&id)) <= self.options.bound);
@@ -679,9 +809,13 @@ impl Sim {
             copies.places.insert(block, segs.into());
         }
         // Blocks whose bytes are all gone need no place; looked at a few times a turn of the ring.
-        if copies.head - copies.swept > size / 4 {
+        if copies.head - copies.swept > copies.ring.len() as u64 / 4 {
             copies.swept = copies.head;
-            copies.places.retain(|_, segs| segs.iter().any(|seg| seg.addr >= tail));
+            let cells = &copies.cells;
+            copies.places.retain(|_, segs| {
+                segs.iter()
+                    .any(|seg| cells[seg.cell as usize].start != GONE)
+            });
         }
     }
 
@@ -690,142 +824,112 @@ impl Sim {
         let found = &mut self.found;
         found.clear();
         let copies = &self.copies;
-        let min_run = self.options.min_run;
-        if self.options.preimage {
-            if let Some(segs) = copies.places.get(&block) {
-                for seg in segs.iter().filter(|seg| seg.cell >= copies.first_cell) {
-                    let from = seg.dst as usize;
-                    let old = copies.bytes(seg.addr, seg.len as usize);
-                    runs(&content[from..from + old.len()], old, min_run, |at, len| {
+        if let Some(segs) = copies.places.get(&block).filter(|_| self.options.preimage) {
+            for seg in segs.iter().filter(|seg| copies.there(seg.cell)) {
+                let to = seg.dst as usize;
+                let old = &copies.literals(seg.cell)[seg.from as usize..][..seg.len as usize];
+                runs(
+                    &content[to..to + old.len()],
+                    old,
+                    self.options.min_run,
+                    |at, len| {
+                        let from = seg.from + at as u32;
                         found.push(Match {
-                            dst: from + at,
+                            dst: to + at,
                             len,
                             cell: seg.cell,
-                            addr: seg.addr + at as u64,
+                            from,
                         });
-                    });
-                }
+                    },
+                );
             }
         }
-        // What is between them, by anchors; then what is between what those found.
-        for guided in [true, false] {
-            if guided && !self.options.guide {
-                continue;
+        // What is between them, by anchors.
+        let before = std::mem::take(&mut self.found);
+        let end = Match {
+            dst: BLOCK,
+            len: 0,
+            cell: 0,
+            from: 0,
+        };
+        let mut at = 0;
+        for m in before.iter().copied().chain([end]) {
+            if m.dst >= at + WINDOW {
+                self.search(content, at, m.dst);
             }
-            let before = std::mem::take(&mut self.found);
-            let end = Match { dst: BLOCK, len: 0, cell: 0, addr: 0 };
-            let mut at = 0;
-            for m in before.iter().copied().chain([end]) {
-                if m.dst >= at + WINDOW {
-                    self.search(content, at, m.dst, guided);
-                }
-                if m.len > 0 {
-                    self.found.push(m);
-                }
-                at = m.dst + m.len;
+            if m.len > 0 {
+                self.found.push(m);
             }
+            at = m.dst + m.len;
         }
     }
 
-    fn search(&mut self, content: &[u8], from: usize, until: usize, guided: bool) {
+    fn search(&mut self, content: &[u8], begin: usize, until: usize) {
         let copies = &self.copies;
         let mask = !0u64 << (64 - self.options.anchor_bits);
-        let (mut free, mut at) = (from, from);
+        self.anchors.clear();
         let mut hash = 0u64;
-        while at < until {
+        for at in begin..until {
             hash = (hash << 2).wrapping_add(GEAR[content[at] as usize]);
-            at += 1;
-            if hash & mask != 0 || at < free + WINDOW {
+            if hash & mask == 0 && at + 1 >= begin + WINDOW {
+                copies.prefetch(hash);
+                self.anchors.push((at + 1, hash));
+            }
+        }
+        let mut free = begin;
+        for &(at, hash) in &self.anchors {
+            if at < free + WINDOW {
                 continue;
             }
             let hit = copies.index[copies.slot(hash)];
-            if hit.1 != (hash >> 8) as u32 & 0x7fff_ffff {
+            if hit == EMPTY || hit & 0xfff != hash >> 8 & 0xfff {
                 continue;
             }
-            let Some((addr, cell_id)) = copies.addr_of(hit) else { continue };
-            // `addr` is behind the window.
-            let cell_id = if addr % GRANULE as u64 == 0 {
-                copies.granules[((addr - 1) % copies.ring.len() as u64) as usize / GRANULE]
-            } else {
-                cell_id
-            };
-            let Some(cell) = copies.cell(cell_id) else { continue };
-            let end = cell.start + u64::from(cell.len);
-            if addr > end || addr < cell.start + WINDOW as u64 {
+            let (cell, behind) = ((hit >> 32) as u32, (hit >> 12 & 0xf_ffff) as usize);
+            if !copies.there(cell) {
                 continue;
             }
-            let back = common_back(
-                &content[free..at],
-                copies.bytes(cell.start, (addr - cell.start) as usize),
-            );
+            let literals = copies.literals(cell);
+            let back = common_back(&content[free..at], &literals[..behind]);
             if back < WINDOW {
                 continue;
             }
-            let ahead = common(&content[at..until], copies.bytes(addr, (end - addr) as usize));
+            let ahead = common(&content[at..until], &literals[behind..]);
             if back + ahead < self.options.min_match {
                 continue;
             }
-            let begin = Match {
+            let from = (behind - back) as u32;
+            self.found.push(Match {
                 dst: at - back,
                 len: back + ahead,
-                cell: cell_id,
-                addr: addr - back as u64,
-            };
-            let owner = copies.owners[(begin.addr % copies.ring.len() as u64) as usize / GRANULE];
-            let guide = guided.then(|| copies.places.get(&owner)).flatten();
-            let mut position = at + ahead;
-            let seg = guide.and_then(|segs| {
-                segs.iter().position(|seg| {
-                    addr > seg.addr && addr <= seg.addr + u64::from(seg.len) && seg.cell == cell_id
-                })
+                cell,
+                from,
             });
-            if let (Some(segs), Some(number)) = (guide, seg) {
-                // The block that shows this literal shows what follows, too: compare along it.
-                let shift = at as i64
-                    - (i64::from(segs[number].dst) + (addr - segs[number].addr) as i64);
-                let mut stop = free;
-                for seg in segs.iter().filter(|seg| seg.cell >= copies.first_cell) {
-                    let to = i64::from(seg.dst) + shift;
-                    let skip = (stop as i64 - to).max(0);
-                    let len = (i64::from(seg.len) - skip).min(until as i64 - to - skip);
-                    if len <= 0 {
-                        continue;
-                    }
-                    let dst = (to + skip) as usize;
-                    let src = seg.addr + skip as u64;
-                    let old = copies.bytes(src, len as usize);
-                    let found = &mut self.found;
-                    runs(&content[dst..dst + len as usize], old, self.options.guide_run, |o, n| {
-                        found.push(Match { dst: dst + o, len: n, cell: seg.cell, addr: src + o as u64 });
-                        stop = dst + o + n;
-                    });
-                }
-                position = position.max(stop);
-            } else {
-                self.found.push(begin);
-                // After a small change the same origin often goes on.
-                let (mut to, mut src) = (at + ahead, addr + ahead as u64);
-                while to < until && src < end {
-                    let len = (until - to).min((end - src) as usize).min(96);
-                    let mut hit = None;
-                    runs(&content[to..to + len], copies.bytes(src, len), self.options.min_run, |o, _| {
-                        if hit.is_none() {
-                            hit = Some(o);
-                        }
-                    });
-                    let Some(o) = hit else { break };
-                    to += o;
-                    src += o as u64;
-                    let n = common(&content[to..until], copies.bytes(src, (end - src) as usize));
-                    self.found.push(Match { dst: to, len: n, cell: cell_id, addr: src });
-                    to += n;
-                    src += n as u64;
-                    position = to;
-                }
+            // After a small change the same origin often goes on.
+            let (mut to, mut src) = (at + ahead, behind + ahead);
+            free = to;
+            while to < until && src < literals.len() {
+                let len = (until - to).min(literals.len() - src).min(96);
+                let Some(skip) = next_run(
+                    &content[to..to + len],
+                    &literals[src..src + len],
+                    self.options.min_run,
+                ) else {
+                    break;
+                };
+                to += skip;
+                src += skip;
+                let len = common(&content[to..until], &literals[src..]);
+                self.found.push(Match {
+                    dst: to,
+                    len,
+                    cell,
+                    from: src as u32,
+                });
+                to += len;
+                src += len;
+                free = to;
             }
-            free = position;
-            at = position;
-            hash = 0;
         }
     }
 
@@ -840,14 +944,31 @@ impl Sim {
         }
         bytes.sort_unstable_by(|a, b| b.cmp(a));
         bytes.retain(|(sum, _)| *sum >= self.options.gain);
-        bytes.truncate(self.options.bound - 1);
-        let before = self.found.len();
-        self.found.retain(|m| bytes.iter().any(|(_, cell)| *cell == m.cell));
-        let _ = before;
+        // Beside this cell and its context.
+        let mut cells: Vec<u32> = Vec::with_capacity(16);
+        bytes.retain(|(_, cell)| {
+            let held = cells.len();
+            for cell in [*cell, self.copies.cells[*cell as usize].context] {
+                if !cells.contains(&cell) {
+                    cells.push(cell);
+                }
+            }
+            let fits = cells.len() + 2 <= self.options.bound;
+            if !fits {
+                cells.truncate(held);
+            }
+            fits
+        });
+        self.found
+            .retain(|m| bytes.iter().any(|(_, cell)| *cell == m.cell));
     }
 
     /// zstd against whole earlier blocks, chosen by votes; what a read opens is counted by cell.
-    fn prefix_cell(&mut self, group: &[(u64, Vec<u8>, Option<Vec<u8>>)], raw: &[u8]) -> (usize, usize) {
+    fn prefix_cell(
+        &mut self,
+        group: &[(u64, Vec<u8>, Option<Vec<u8>>)],
+        raw: &[u8],
+    ) -> (usize, usize) {
         let recent = &mut self.recent;
         let slots = (recent.ring.len() / BLOCK) as u64;
         let oldest = recent.stored.saturating_sub(slots - 512);
@@ -880,8 +1001,14 @@ impl Sim {
             if weight < 2 {
                 break;
             }
-            let Some(needs) = recent.closures.get(&slot) else { continue };
-            let new: Vec<u32> = needs.iter().copied().filter(|c| !closure.contains(c)).collect();
+            let Some(needs) = recent.closures.get(&slot) else {
+                continue;
+            };
+            let new: Vec<u32> = needs
+                .iter()
+                .copied()
+                .filter(|c| !closure.contains(c))
+                .collect();
             if closure.len() + new.len() > self.options.bound {
                 continue;
             }
@@ -897,7 +1024,9 @@ impl Sim {
         };
         if self.counting {
             self.total.refs += refs;
-            self.total.opens.extend(group.iter().map(|_| closure.len() as u32));
+            self.total
+                .opens
+                .extend(group.iter().map(|_| closure.len() as u32));
         }
         for (block, content, _) in group {
             let slot = recent.stored;
@@ -928,18 +1057,20 @@ fn main() {
         level: 1,
         header: 256,
         delay: 10_000,
-        gain: 32,
+        gain: 64,
         min_match: 32,
-        min_run: 12,
-        guide_run: 24,
+        min_run: 24,
         anchor_bits: 5,
-        guide: false,
+        keep: 1,
+        chances: 1,
         preimage: true,
         rate: 0,
         from: 0,
         verify: false,
-        context: 0,
         split: true,
+        context: 0,
+        context_min: 8,
+        context_turn: 1024,
         limit: u64::MAX,
         clear_refs: false,
         only_after: true,
@@ -957,15 +1088,17 @@ fn main() {
             "gain" => o.gain = number as usize,
             "match" => o.min_match = number as usize,
             "run" => o.min_run = number as usize,
-            "guide_run" => o.guide_run = number as usize,
             "anchor" => o.anchor_bits = number as u32,
-            "guide" => o.guide = number != 0,
+            "chances" => o.chances = number as u32,
+            "keep" => o.keep = number as u32,
             "preimage" => o.preimage = number != 0,
             "rate" => o.rate = number as u64,
             "from" => o.from = number as u64,
             "verify" => o.verify = number != 0,
-            "context" => o.context = number as usize,
             "split" => o.split = number != 0,
+            "context" => o.context = number as usize,
+            "context_min" => o.context_min = number as usize,
+            "context_turn" => o.context_turn = number as usize,
             "limit" => o.limit = (number as u64) << 20,
             "clear" => o.clear_refs = number != 0,
             "cold" => o.only_after = number != 0,
@@ -974,7 +1107,10 @@ fn main() {
     }
     if o.from == 0 {
         let about = std::fs::read_to_string(trace.replace(".trace", ".json")).unwrap_or_default();
-        let number = about.split("\"load_from_us\": ").nth(1).and_then(|rest| rest.split(',').next());
+        let number = about
+            .split("\"load_from_us\": ")
+            .nth(1)
+            .and_then(|rest| rest.split(',').next());
         o.from = number.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
     }
     let file = File::open(trace).expect("the trace");
@@ -1038,7 +1174,10 @@ fn main() {
     let t = &mut sim.total;
     let percentile = |values: &mut Vec<u32>, p: usize| {
         values.sort_unstable();
-        values.get((values.len() * p / 100).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
+        values
+            .get((values.len() * p / 100).min(values.len().saturating_sub(1)))
+            .copied()
+            .unwrap_or(0)
     };
     let app = t.app as f64;
     let rate = app / 1e9 / (t.ns as f64 / 1e9);
@@ -1069,7 +1208,12 @@ fn main() {
         percentile(&mut t.opens, 100),
         percentile(&mut t.read_ns, 50) / 1000,
         percentile(&mut t.read_ns, 99) / 1000,
-        sim.copies.places.values().map(|s| s.len() * 16 + 32).sum::<usize>() as f64 / 1e6,
+        sim.copies
+            .places
+            .values()
+            .map(|s| s.len() * 16 + 32)
+            .sum::<usize>() as f64
+            / 1e6,
         t.gaps.map(|bytes| bytes / 1_000_000),
     );
 }
