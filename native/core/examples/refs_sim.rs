@@ -416,6 +416,9 @@ struct Totals {
     read_ns: Vec<u32>,
 }
 
+/// Block, content, pre-image where the scheme wants it.
+type Stored = (u64, Vec<u8>, Option<Vec<u8>>);
+
 struct Sim {
     options: Options,
     image: Vec<u8>,
@@ -455,7 +458,7 @@ impl Sim {
             options.chances,
         );
         let recent = Prefix {
-            ring: vec![0; options.cache], // only touched by its scheme
+            ring: vec![0; options.cache],
             ..Prefix::default()
         };
         Self {
@@ -488,8 +491,7 @@ impl Sim {
         }
         let mut table = 0;
         let (mut time, mut end) = (records[0].time, 0u64);
-        // (block, content, pre-image where the scheme wants it)
-        let mut stored: Vec<(u64, Vec<u8>, Option<Vec<u8>>)> = Vec::new();
+        let mut stored: Vec<Stored> = Vec::new();
         let xor = scheme.starts_with("xor");
         let mut app = 0;
         for record in records {
@@ -600,7 +602,7 @@ impl Sim {
 
     /// Compressed length of one cell with copies from the literals of earlier cells, and the bytes
     /// of its references.
-    fn copies_cell(&mut self, group: &[(u64, Vec<u8>, Option<Vec<u8>>)]) -> (usize, usize) {
+    fn copies_cell(&mut self, group: &[Stored]) -> (usize, usize) {
         let id = self.copies.cells.len() as u32;
         self.lits.clear();
         self.commands.iter_mut().for_each(Vec::clear);
@@ -751,7 +753,7 @@ impl Sim {
         context: u32,
         places: Vec<(u64, Vec<Seg>)>,
         sealed: usize,
-        group: &[(u64, Vec<u8>, Option<Vec<u8>>)],
+        group: &[Stored],
     ) {
         let copies = &mut self.copies;
         copies.cells.push(Cell {
@@ -964,11 +966,7 @@ impl Sim {
     }
 
     /// zstd against whole earlier blocks, chosen by votes; what a read opens is counted by cell.
-    fn prefix_cell(
-        &mut self,
-        group: &[(u64, Vec<u8>, Option<Vec<u8>>)],
-        raw: &[u8],
-    ) -> (usize, usize) {
+    fn prefix_cell(&mut self, group: &[Stored], raw: &[u8]) -> (usize, usize) {
         let recent = &mut self.recent;
         let slots = (recent.ring.len() / BLOCK) as u64;
         let oldest = recent.stored.saturating_sub(slots - 512);
