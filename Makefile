@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= all
+TIME ?= 180
+FUZZ := cargo +nightly fuzz
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
@@ -32,6 +34,12 @@ soak: packages-test build ## Run all tests with the counts the issues state (hou
 .PHONY: bench
 bench: packages-test packages-bench build ## Run benchmarks: make bench [SUITE=capture] [QUICK=1]
 	$(BIN)/python -m bench $(SUITE) $(if $(QUICK),--quick)
+
+.PHONY: fuzz
+fuzz: ## Fuzz each parser for TIME=180 seconds (needs nightly Rust and cargo-fuzz)
+	EBB_WRITE_CORPUS=1 cargo test -p ebbtide-core --test fuzz_harness --quiet seeds
+	for target in $$($(FUZZ) list --fuzz-dir native/fuzz); do \
+	  $(FUZZ) run --fuzz-dir native/fuzz -O $$target -- -max_total_time=$(TIME) -print_final_stats=1; done
 
 .PHONY: lint
 lint: build $(VENV)/lint.stamp ## Run every linter, warnings are errors

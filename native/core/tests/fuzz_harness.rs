@@ -3,12 +3,16 @@
 #[path = "../../fuzz/src/harness.rs"]
 mod harness;
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use ebbtide_core::codec::{Effort, FrameContext, FrameEncoder};
-use ebbtide_core::format::frame::FrameHeader;
+use ebbtide_core::codec::{Effort, FrameContext, FrameEncoder, FrameMap};
+use ebbtide_core::crypto::TAG_LEN;
+use ebbtide_core::format::digest::sha256;
+use ebbtide_core::format::frame::{FRAME_HEADER_LEN, FrameHeader};
 use ebbtide_core::format::record::{BlockPayload, Payload, Record, RecordBody};
-use ebbtide_core::format::segment::SegmentHeader;
+use ebbtide_core::format::segment::{SEGMENT_HEADER_LEN, SegmentHeader};
 use ebbtide_core::types::{
     BlockIndex, Extent, FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs, VolumeIndex,
 };
@@ -90,6 +94,20 @@ fn segment() -> Vec<u8> {
     header.encode().to_vec()
 }
 
+/// The frame with its cells in the clear, as `harness::sealed_frame` takes it.
+fn clear_frame() -> Vec<u8> {
+    let mut bytes = frame();
+    let map = FrameMap::parse(&bytes).unwrap();
+    let cipher = harness::key().frame(map.header.frame_no, map.header.nonce_random);
+    for ((index, entry), from) in (0..).zip(&map.directory).zip(&map.cell_offsets) {
+        let cell = &mut bytes[*from as usize..][..entry.sealed_len as usize];
+        let (text, tag) = cell.split_at_mut(entry.sealed_len as usize - TAG_LEN);
+        let tag: &[u8; TAG_LEN] = (&*tag).try_into().unwrap();
+        cipher.open(index, &map.aad, text, tag).unwrap();
+    }
+    bytes
+}
+
 const MANIFEST: &[u8] = br#"{"version":0,"group":"02020202020202020202020202020202",
 "volumes":[{"index":0,"name":"a","size":4096}],"incarnations":[],"segments":[],
 "events":[{"seq":1,"time_us":2,"kind":"gap","cause":3,"bytes":4}],"horizon_seq":0}"#;
@@ -123,10 +141,84 @@ fn table(flags: u8, table: &[u8]) -> Vec<u8> {
     [&[flags, 0, 4, 0, 5, 0, 18, 0, 0, 0, 0, 0], table].concat()
 }
 
+/// The sums of a header, as `table` has them.
+fn with_sums(header: &FrameHeader, bytes: &[u8]) -> Vec<u8> {
+    let sums = [
+        header.flags.0,
+        u32::try_from(header.last_time.0 - header.first_time.0).unwrap(),
+        header.record_count,
+        header.payload_blocks,
+        header.cells_len.div_ceil(37),
+        header.ref_floor.0,
+    ];
+    let sums = sums.map(|sum| u16::try_from(sum & 0xffff).unwrap().to_le_bytes());
+    [sums.as_flattened(), bytes].concat()
+}
+
+/// What a fuzzer starts from, by target: the committed segments in parts, and what is made here.
+fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/vectors");
+    let mut seeds = vec![
+        ("manifest", MANIFEST.to_vec()),
+        ("segment_header", segment()),
+        ("sealed_frame", clear_frame()),
+    ];
+    let mut frames = vec![frame()];
+    for name in ["segment-v1-sm4.seg", "segment-v1-aes.seg"] {
+        let segment = fs::read(vectors.join(name)).unwrap();
+        let (header, mut rest) = segment.split_at(SEGMENT_HEADER_LEN);
+        seeds.push(("segment_header", header.to_vec()));
+        while !rest.is_empty() {
+            let (frame, behind) = rest.split_at(FrameHeader::parse(rest).unwrap().frame_len());
+            frames.push(frame.to_vec());
+            // Not the frame of the harness' key: its cells open under any header tag.
+            seeds.push(("frame", frame.to_vec()));
+            rest = behind;
+        }
+    }
+    for frame in frames {
+        let header = FrameHeader::parse(&frame).unwrap();
+        let clear = &frame[FRAME_HEADER_LEN..header.head_len()];
+        let (table, directory) = clear.split_at(header.table_len as usize);
+        seeds.push(("frame_header", frame[..FRAME_HEADER_LEN].to_vec()));
+        seeds.push(("record_table", with_sums(&header, table)));
+        seeds.push(("cell_directory", with_sums(&header, directory)));
+    }
+    seeds
+}
+
+/// With `EBB_WRITE_CORPUS=1` also leaves them where `cargo fuzz` looks.
+#[test]
+fn seeds_pass_their_harness() {
+    let corpus = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+    for (target, seed) in seeds() {
+        let run = match target {
+            "frame" => harness::frame,
+            "sealed_frame" => harness::sealed_frame,
+            "frame_header" => harness::frame_header,
+            "segment_header" => harness::segment_header,
+            "manifest" => harness::manifest,
+            "record_table" => harness::record_table,
+            "cell_directory" => harness::cell_directory,
+            _ => panic!("no harness {target}"),
+        };
+        run(&seed);
+        if std::env::var_os("EBB_WRITE_CORPUS").is_some() {
+            let folder = corpus.join(target);
+            fs::create_dir_all(&folder).unwrap();
+            let digest = sha256(&seed)[..8]
+                .iter()
+                .fold(String::new(), |name, byte| format!("{name}{byte:02x}"));
+            fs::write(folder.join(digest), &seed).unwrap();
+        }
+    }
+}
+
 #[test]
 fn whole_inputs_reach_the_end_of_each_harness() {
     let frame = frame();
     harness::frame(&frame);
+    harness::sealed_frame(&clear_frame());
     harness::frame_header(&frame);
     harness::segment_header(&segment());
     harness::manifest(MANIFEST);
@@ -158,6 +250,7 @@ proptest! {
     #[test]
     fn any_bytes(data in prop::collection::vec(any::<u8>(), 0..700)) {
         harness::frame(&data);
+        harness::sealed_frame(&data);
         harness::frame_header(&data);
         harness::segment_header(&data);
         harness::manifest(&data);
@@ -192,5 +285,10 @@ proptest! {
         let mut data = data;
         data[152..168].copy_from_slice(&frame()[152..168]);
         harness::frame(&data);
+    }
+
+    #[test]
+    fn damaged_cells(data in damaged(clear_frame())) {
+        harness::sealed_frame(&data);
     }
 }

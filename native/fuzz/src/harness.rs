@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use ebbtide_core::codec::{CodecError, FrameMap, FrameSource, open_cell};
 use ebbtide_core::constants::{BLOCK_SIZE, FRAME_BYTES_MAX, REFERENCE_CELLS_MAX};
-use ebbtide_core::crypto::{GroupKey, IncarnationKey, Suite};
+use ebbtide_core::crypto::{GroupKey, HEADER_CELL, IncarnationKey, Suite, TAG_LEN};
 use ebbtide_core::format::digest::sha256;
-use ebbtide_core::format::frame::{FRAME_HEADER_LEN, FrameFlags, FrameHeader, verify_body};
+use ebbtide_core::format::frame::{
+    AAD_LEN, FRAME_HEADER_LEN, FrameFlags, FrameHeader, verify_body,
+};
 use ebbtide_core::format::manifest::{MANIFEST_HEADER_LEN, Manifest};
 use ebbtide_core::format::record::{
     Record, TableWriter, read_directory, read_table, write_directory,
@@ -191,21 +193,60 @@ pub fn frame(data: &[u8]) {
     let Ok(map) = FrameMap::parse(&bytes) else {
         return;
     };
+    let genuine = map.authenticate(&key()).is_ok();
+    let opened = open_all(map, bytes);
+    assert!(genuine || opened == 0, "a cell opens under a forged header");
+}
+
+/// Opens every cell; returns how many do.
+fn open_all(map: FrameMap, bytes: Vec<u8>) -> usize {
     let key = key();
-    let genuine = map.authenticate(&key).is_ok();
-    let cells = map.header.cell_count();
+    let header = map.header.clone();
     let source = OneFrame {
         map: Arc::new(map),
         bytes,
     };
     let mut raw = Vec::new();
-    for cell in 0..cells {
-        let index = u32::try_from(cell).expect("a frame has few cells");
+    let opens = |cell: &usize| {
+        let index = u32::try_from(*cell).expect("a frame has few cells");
         let opened = open_cell(&key, &source, header.frame_no, index, &mut raw);
         if let Ok(opened) = opened {
-            assert!(genuine, "a cell opens under a forged header");
             assert!(opened <= REFERENCE_CELLS_MAX);
-            assert_eq!(raw.len(), header.cell_blocks(cell) * BLOCK_SIZE);
+            assert_eq!(raw.len(), header.cell_blocks(*cell) * BLOCK_SIZE);
         }
+        opened.is_ok()
+    };
+    (0..header.cell_count()).filter(opens).count()
+}
+
+/// Seals header and cells: as if the owner of the key had written what lies in `data` in the clear.
+fn with_seals(data: &[u8]) -> Option<Vec<u8>> {
+    let bytes = with_digests(data)?;
+    let mut header = FrameHeader::parse(&bytes).ok()?;
+    let directory = FrameMap::parse(&bytes).ok()?.directory;
+    let mut body = bytes[FRAME_HEADER_LEN..].to_vec();
+    let aad = &bytes[..AAD_LEN];
+    let cipher = key().frame(header.frame_no, header.nonce_random);
+    let (_, mut rest) = body.split_at_mut(header.head_len() - FRAME_HEADER_LEN);
+    for (index, entry) in (0..).zip(&directory) {
+        let (cell, behind) = rest.split_at_mut(entry.sealed_len as usize);
+        let (text, tag) = cell.split_at_mut(cell.len() - TAG_LEN);
+        tag.copy_from_slice(&cipher.seal(index, aad, text));
+        rest = behind;
     }
+    header.header_tag = cipher.seal(HEADER_CELL, aad, &mut []);
+    header.body_digest = sha256(&body);
+    Some([&header.encode()[..], &body].concat())
+}
+
+/// `data` is a frame with its cells in the clear: a fuzzer gets past the tags to what they guard.
+pub fn sealed_frame(data: &[u8]) {
+    let Some(bytes) = with_seals(data) else {
+        return;
+    };
+    let map = FrameMap::parse(&bytes).expect("it did before it was sealed");
+    let ours = Suite::try_from(map.header.suite) == Ok(key().suite());
+    assert_eq!(map.authenticate(&key()).is_ok(), ours);
+    let opened = open_all(map, bytes);
+    assert!(ours || opened == 0, "a cell opens under another suite");
 }
