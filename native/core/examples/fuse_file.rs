@@ -5,8 +5,8 @@
 //! sends `status`, `stop`, `unmount` or `attach=HOLDER` and prints the answer. `fuse_file tap
 //! CONTROL BACKING DIRECTORY` is a whole tap server instead, with spool and state under DIRECTORY
 //! and a fixed key. `fuse_file loop-attach FILE`, `loop-detach DEVICE` and `loop-list` are the
-//! functions of those names. `fuse_file record CONTROL TRACE FILE` is `serve` for one file that also
-//! writes a block trace; `bench/traces.py` says what is in it.
+//! functions of those names. `fuse_file record CONTROL TRACE FILE` is `serve` for one file that
+//! also writes a block trace; `bench/traces.py` says what is in it.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -1,8 +1,8 @@
-//! Replays a block trace (`bench/traces.py`) and counts the journal bytes that an encoding would make.
+//! Replays a block trace (`bench/traces.py`) and counts the journal bytes that an encoding makes.
 //!
-//! `refs_sim TRACE SCHEME [name=value]...`; schemes: `lz4_4k`, `xor_lz4_4k`, `lz4`, `zstd`, `xor_zstd`,
-//! `prefix`, `copies`. `docs/codec-references.md` explains the last one and has the results.
-//! It measures and is no part of the product: sizes are cast freely, and lifetimes of zstd's
+//! `refs_sim TRACE SCHEME [name=value]...`; schemes: `lz4_4k`, `xor_lz4_4k`, `lz4`, `zstd`,
+//! `xor_zstd`, `prefix`, `copies`. `docs/codec-references.md` explains the last one and has the
+//! results. It measures and is no part of the product: sizes are cast freely, and lifetimes of zstd's
 //! dictionaries are stretched to the call that uses them.
 #![allow(unsafe_code, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 
@@ -34,7 +34,7 @@ struct Options {
     from: u64,
     verify: bool,
     split: bool,
-    /// A cell whose literals are fewer KiB than this is compressed with an earlier cell's as context.
+    /// A cell with fewer KiB of literals than this is compressed with an earlier cell's as context.
     context: usize,
     /// That cell has at least so many KiB of literals; another is taken after so many KiB.
     context_min: usize,
@@ -318,8 +318,9 @@ impl Copies {
         }
     }
 
-    /// Puts literals of `cell` into the ring. Cells that others copied from go on to the front; after
-    /// each such cell the next one goes whatever it gave, for a loop longer than the cache would keep all.
+    /// Puts literals of `cell` into the ring. Cells that others copied from go on to the front;
+    /// after each such cell the next one goes whatever it gave, for a loop longer than the cache
+    /// would keep all.
     fn insert(&mut self, cell: u32, literals: &[u8]) {
         let size = self.ring.len() as u64;
         let mut chances = self.chances;
@@ -1180,7 +1181,10 @@ fn main() {
     let app = t.app as f64;
     let rate = app / 1e9 / (t.ns as f64 / 1e9);
     println!(
-        "{scheme} {} ratio {:.2} app {:.0} MB journal {:.1} MB frames {} ({:.0} B) rate {:.2} GB/s | header {:.1} table {:.1} cell+refs {:.1} lits {:.1} (raw {:.0}) cmds {:.1} MB | stored {} same {} zero {} | copied {:.0} MB pieces/blk {:.1} refs/cell {:.1} | opens p50 {} p90 {} p99 {} max {} read us p50 {} p99 {} | segs {:.0} MB gaps {:?}",
+        "{scheme} {} ratio {:.2} app {:.0} MB journal {:.1} MB frames {} ({:.0} B) rate {:.2} GB/s \
+         | header {:.1} table {:.1} cell+refs {:.1} lits {:.1} (raw {:.0}) cmds {:.1} MB \
+         | stored {} same {} zero {} | copied {:.0} MB pieces/blk {:.1} refs/cell {:.1} \
+         | opens p50 {} p90 {} p99 {} max {} read us p50 {} p99 {} | segs {:.0} MB gaps {:?}",
         arguments[2..].join(" "),
         app / t.journal as f64,
         app / 1e6,

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -22,6 +23,8 @@ pub(super) struct MemoryDevice {
     /// Failure of every request.
     pub failure: Mutex<Option<DeviceError>>,
     pub held: Mutex<bool>,
+    /// Requests that wait because of `held`.
+    pub waiting: AtomicUsize,
     pub released: Condvar,
 }
 
@@ -38,6 +41,7 @@ impl MemoryDevice {
             log: Mutex::default(),
             failure: Mutex::default(),
             held: Mutex::new(false),
+            waiting: AtomicUsize::new(0),
             released: Condvar::new(),
         }
     }
@@ -54,7 +58,9 @@ impl MemoryDevice {
         }
         let mut held = self.held.lock();
         while *held && !flags.nowait {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
             self.released.wait(&mut held);
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
         }
         self.log.lock().push((name, flags));
         (*self.failure.lock()).map_or(Ok(()), Err)

@@ -1,5 +1,5 @@
-//! What tap and view server have in common: the front ends with what is said of them, and the life of
-//! the process from the ready report to the end of the control socket.
+//! What tap and view server have in common: the front ends with what is said of them, and the life
+//! of the process from the ready report to the end of the control socket.
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;

@@ -25,6 +25,10 @@ use crate::format::segment::{Parent, SegmentHeader};
 use crate::log::{LogEnd, LogError, LogWriter};
 use crate::types::{BlockIndex, Extent, FrameNo, Generation, GroupId, IncarnationId, Seq, TimeUs};
 
+/// With more than this share of the queue in use the encoder falls behind, and tries less hard.
+/// Long before anyone waits: compressing what hardly shrinks takes the processor from the writers.
+const BUSY_SHARE: u64 = 8;
+
 /// What the frames of this tap have in common.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -297,7 +301,7 @@ impl Pipeline {
             .iter()
             .map(|(offset, length)| queue.bytes(*offset, *length))
             .collect();
-        let effort = if queue.used_bytes() > queue.capacity() / 2 {
+        let effort = if queue.used_bytes() > queue.capacity() / BUSY_SHARE {
             Effort::Quick
         } else {
             Effort::Lz4

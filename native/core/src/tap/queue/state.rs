@@ -31,8 +31,8 @@ pub struct QueueState {
     pub(super) wake_blocks: u64,
     pub(super) urgent: u64,
     pub spooled: u64,
-    /// Records `[from, before)` that were given up, oldest first. A waiter may sleep through several
-    /// gaps and must still learn that its record is in one of them.
+    /// Records `[from, before)` that were given up, oldest first. A waiter may sleep through
+    /// several gaps and must still learn that its record is in one of them.
     pub(super) lost: VecDeque<(u64, u64)>,
     /// End of the newest of them.
     pub(super) lost_before: u64,
