@@ -2,8 +2,8 @@
 //!
 //! `refs_sim TRACE SCHEME [name=value]...`; schemes: `lz4_4k`, `xor_lz4_4k`, `lz4`, `zstd`,
 //! `xor_zstd`, `prefix`, `copies`. `docs/codec-references.md` explains the last one and has the
-//! results. It measures and is no part of the product: sizes are cast freely, and lifetimes of zstd's
-//! dictionaries are stretched to the call that uses them.
+//! results. It measures and is no part of the product: sizes are cast freely, and lifetimes of
+//! zstd's dictionaries are stretched to the call that uses them.
 #![allow(unsafe_code, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 
 use std::collections::{HashMap, HashSet, VecDeque};
