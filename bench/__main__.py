@@ -43,6 +43,7 @@ def main() -> int:
         SUITES[name](ROOT / ".cache" / "bench", keep, quick=arguments.quick)
         note = {
             **described,
+            "date": time.strftime("%Y-%m-%d"),
             "quick": str(arguments.quick),
             "took_s": f"{time.monotonic() - begun:.0f}",
         }

@@ -95,7 +95,8 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A value as tables show it."""
     return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -113,13 +114,13 @@ def show(title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(
             row.name,
-            _number(row.value),
-            _number(row.min),
-            _number(row.max),
+            number(row.value),
+            number(row.min),
+            number(row.max),
             row.unit,
             row.better,
             row.reason or row.peer or "",
-            _number(row.peer_value),
+            number(row.peer_value),
             str(row.runs),
         )
     Console(width=150).print(table)
