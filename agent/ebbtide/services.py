@@ -113,6 +113,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         agent = self._agent
         if agent.sources.has(request.group):
             source = agent.sources.find(request.group)
+            drop = request.history == api.UnprotectRequest.HISTORY_DROP
+            if drop and request.group != source.record.group and agent.targets.has(request.group):
+                kept = agent.targets.find(request.group)
+                raise UsageError(
+                    f"'{request.group}' is a group that is protected here, and a history kept here",
+                    hint=f"name one by its identity: {source.record.group} is protected, "
+                    f"{kept.record.group} is kept",
+                )
             if agent.views.of(source.record.group):
                 raise RefusedError(
                     f"views of group '{source.record.name}' are open",

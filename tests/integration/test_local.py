@@ -211,9 +211,13 @@ def test_history_that_is_kept_outlives_its_protection(stack: Stack, rng: random.
     assert kept in refused.stderr
     with stack.view(kept, bookmark="end") as view:
         assert shown(view) == before
-    stack.source.ebb("unprotect", "ward", "--delete-history", "--yes")
-    stack.source.ebb("unprotect", "ward", "--delete-history", "--yes")
+    unclear = stack.source.ebb("unprotect", "ward", "--delete-history", "--yes", check=False)
+    assert unclear.returncode == ExitCode.USAGE
+    assert kept in unclear.stderr
+    stack.source.ebb("unprotect", kept, "--delete-history", "--yes")
     assert not directory.exists()
+    assert stack.is_copied("ward")
+    stack.source.ebb("unprotect", "ward", "--delete-history", "--yes")
     with pytest.raises(grpc.RpcError):
         stack.source.stub.Points(agent_pb2.PointsRequest(group="ward"))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ebbtide.control.supervisor import ProcessState, Supervisor
+from ebbtide.control.supervisor import REAP_S, ProcessState, Supervisor
 from ebbtide.errors import InternalError, RefusedError, UnreachableError
 from ebbtide.rpc import control_pb2 as pb
 from tests.support.stack import is_alive
@@ -35,9 +35,13 @@ class Fake(Supervisor):
         self.launches = 0
         #: How often what follows on serving fails before it succeeds.
         self.refusals = 0
+        #: What the start, and what follows on serving, raise before they go well.
+        self.defects: list[Exception] = []
 
     async def launch_message(self) -> bytes:
         self.launches += 1
+        if self.defects:
+            raise self.defects.pop()
         return pb.TapLaunch(
             group_name=self.behaviour, control_socket=str(self.socket)
         ).SerializeToString()
@@ -48,6 +52,8 @@ class Fake(Supervisor):
 
     async def serving(self, client: ControlClient) -> None:
         await client.request(pb.Request(status=pb.StatusRequest()))
+        if self.defects:
+            raise self.defects.pop()
         if self.refusals:
             self.refusals -= 1
             raise RefusedError("what it needs is not there yet")
@@ -166,6 +172,35 @@ async def test_what_follows_on_serving_is_repeated_until_it_succeeds(
     await until(lambda: fake.state is ProcessState.SERVING)
     assert fake.failure is None
     assert fake.launches == 1
+
+
+async def test_what_nobody_foresaw_does_not_end_supervision(fakes: Callable[..., Fake]) -> None:
+    fake = fakes()
+    fake.defects = [OSError("no memory for a process")]
+    fake.begin()
+    with pytest.raises(InternalError, match="no memory"):
+        await fake.until_settled()
+    await until(lambda: fake.state is ProcessState.SERVING)
+    fake.defects = [AssertionError("not this one")]
+    os.kill(fake.pid, signal.SIGKILL)
+    await until(lambda: not fake.defects)
+    fake.defects = [AssertionError("nor that one")]
+    await until(lambda: not fake.defects and fake.state is ProcessState.SERVING)
+    assert fake.failure is None
+
+
+async def test_a_stop_ends_the_repeating_also_when_the_connection_is_gone(
+    fakes: Callable[..., Fake],
+) -> None:
+    """A request on a closed connection fails at once: repeated without a pause it would hang us."""
+    fake = fakes()
+    fake.refusals = 1000
+    fake.begin()
+    with pytest.raises(RefusedError):
+        await fake.until_settled()
+    assert fake.client is not None
+    fake.client.close()
+    await asyncio.wait_for(fake.abandon(), 2 * REAP_S)
 
 
 async def test_a_death_ends_the_repeating_of_what_follows_on_serving(

@@ -18,7 +18,7 @@ import structlog
 
 from ebbtide.control import process
 from ebbtide.control.client import ControlClient
-from ebbtide.errors import EbbError, UnreachableError
+from ebbtide.errors import EbbError, InternalError, UnreachableError
 from ebbtide.rpc import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ class Supervisor(ABC):
         while not self._stopping.is_set():
             try:
                 client, watch = await self._adopt_or_start()
-            except EbbError as error:
-                self._failed(error)
+            except Exception as error:  # noqa: BLE001
+                # Also what is no error of ours, such as no memory for a process: it passes.
+                self._failed(self._known(error))
                 attempt = min(attempt + 1, len(RETRY_S) - 1)
                 await self._pause(RETRY_S[attempt])
                 continue
@@ -127,11 +128,11 @@ class Supervisor(ABC):
 
     async def _serve(self, client: ControlClient) -> None:
         attempt = 0
-        while True:
+        while not (client.closed.is_set() or self._stopping.is_set()):
             try:
                 await self.serving(client)
-            except EbbError as error:
-                self._failed(error)
+            except Exception as error:  # noqa: BLE001
+                self._failed(self._known(error))
                 attempt = min(attempt + 1, len(RETRY_S) - 1)
                 await self._pause(RETRY_S[attempt])
             else:
@@ -139,6 +140,16 @@ class Supervisor(ABC):
                 self.state = ProcessState.SERVING
                 self._settled.set()
                 return
+
+    def _known(self, error: Exception) -> EbbError:
+        """An error of our tree; any other is a defect, which must not end the supervision."""
+        if isinstance(error, EbbError):
+            return error
+        self._log.exception("unforeseen error", exc_info=error)
+        return InternalError(
+            f"{self.name}: {type(error).__name__}: {error}",
+            hint="the agent's log has the details",
+        )
 
     def _failed(self, error: EbbError) -> None:
         if self.failure is None or self.failure.message != error.message:

@@ -352,6 +352,8 @@ class SourceGroups:
                     hint="end them first, or use --force",
                 )
         result = api.UnprotectResult()
+        # First: a device in use refuses, and then nothing must be gone yet.
+        await self.detach(group, [volume.name for volume in record.volumes])
         if drop and record.target_peer:
             try:
                 answer = await self._withdraw(record, drop=True)
@@ -360,7 +362,6 @@ class SourceGroups:
                 if not request.force:
                     raise
                 result.kept.append(f"{record.target_peer}: journal (not reached)")
-        await self.detach(group, [volume.name for volume in record.volumes])
         await group.tap.stop()
         shipped = await self._drain(group) if record.target_peer and not drop else False
         await group.end()

@@ -415,6 +415,7 @@ class Shipper:
         moved.set()
         if not answer.HasField("durable"):
             return
+        self._suspicious = False
         if self._start is not None and answer.durable.incarnation == self._start[0]:
             self._start = None
         position = (answer.durable.incarnation, answer.durable.next_frame)
