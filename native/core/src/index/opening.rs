@@ -296,9 +296,12 @@ impl<'a> Opening<'a> {
             let newest = published.map(|(end, first)| (end.ordinal, first));
             let place = Some((ordinal, first_frame));
             // What lies before the published end was checked when it was appended; what lies
-            // behind it, or has no writer that vouches for it, is checked here.
+            // behind it, or has no writer that vouches for it, is checked here. The end may be
+            // older than the list of files: a segment that another follows is complete.
             let (limit, trust) = match published {
-                Some((end, _)) if place == newest => (end.committed_len.min(file_len), Trust::Full),
+                Some((end, _)) if place == newest && place == newest_file => {
+                    (end.committed_len.min(file_len), Trust::Full)
+                }
                 Some(_) if place < newest => (file_len, Trust::Full),
                 _ if place == newest_file => (file_len, Trust::Tail),
                 _ => (file_len, Trust::Complete),

@@ -762,6 +762,36 @@ fn damage_in_a_table_without_a_run_is_located_and_older_points_open() {
 }
 
 #[test]
+fn a_segment_that_rolled_over_since_the_end_was_published_has_no_hole() {
+    let directory = MemoryDirectory::new();
+    let shared: Arc<dyn Directory> = Arc::new(directory.clone());
+    let mut recorder = Recorder::new(shared, Suite::Aes256Gcm, options(1000));
+    recorder.incarnation(&[SIZE, SIZE]);
+    recorder.write(0, 1, &[11], false);
+    recorder.close();
+    let published = recorder.journal.end();
+    let (behind, _) = recorder.write(0, 2, &[12], false);
+    recorder.close();
+    recorder.journal.seal().unwrap();
+    recorder.write(0, 3, &[13], false);
+    recorder.close();
+    recorder.settle();
+    // The segment waits to be sealed: no manifest names it yet.
+    let bare = directory.fork();
+    bare.remove("MANIFEST").unwrap();
+    for run in recorder.files(".run") {
+        bare.remove(&run).unwrap();
+    }
+    let history = History::open(Arc::new(bare), GROUP, Some(&published)).unwrap();
+    let newest = history.resolve(&PointSpec::Newest, false).unwrap().seq;
+    assert!(newest > behind);
+    assert_eq!(
+        versions(&history, 0, BLOCKS, newest),
+        expected_versions(&recorder, 0, BLOCKS, newest)
+    );
+}
+
+#[test]
 fn damage_amid_segments_that_nobody_vouches_for_is_no_torn_tail() {
     let directory = MemoryDirectory::new();
     let shared: Arc<dyn Directory> = Arc::new(directory.clone());
