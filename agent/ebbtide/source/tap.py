@@ -77,6 +77,7 @@ class Tap(Supervisor):
             spool_bytes_max=record.spool_bytes_max,
             cache_bytes=record.cache_bytes,
             frame_delay_ms=record.frame_delay_ms,
+            kept=not record.target_peer,
         ).SerializeToString()
 
     async def adopted(self, client: ControlClient) -> int:

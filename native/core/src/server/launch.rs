@@ -140,6 +140,7 @@ pub(super) fn tap_config(launch: &proto::TapLaunch) -> Result<TapConfig, Failure
         spool_bytes_max: launch.spool_bytes_max,
         cache_bytes: cache_limit(or_default(launch.cache_bytes, CACHE_BYTES as u64)),
         frame_delay_ms: or_default(launch.frame_delay_ms, FRAME_DELAY_MS),
+        kept: launch.kept,
     })
 }
 

@@ -21,6 +21,8 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// Between two looks at the spool's room, unless a release rings.
 const ROOM_CHECK: Duration = Duration::from_secs(1);
+/// Between two attempts to read what was passed over.
+const UNREADABLE_RETRY: Duration = Duration::from_secs(UNREADABLE_RETRY_S);
 
 /// How one step went.
 enum Step {
@@ -40,6 +42,9 @@ struct Cursor {
 pub fn run(core: &TapCore) {
     let mut cursor = Cursor::default();
     let mut pace = Pace::new();
+    let mut tried_at = Instant::now();
+    // Before a span ends, what was passed over is asked for once more: it may have been the path.
+    let mut asked = false;
     while !core.is_stopping() {
         let (work, left) = {
             let state = core.queue.lock();
@@ -48,14 +53,22 @@ pub fn run(core: &TapCore) {
         };
         if !work {
             pace.idle(core);
-            core.copier.wait(Duration::from_secs(UNREADABLE_RETRY_S));
+            core.copier.wait(UNREADABLE_RETRY);
             unreadable::try_again(core);
+            tried_at = Instant::now();
             continue;
         }
         if left == 0 {
             core.ensure_numbers();
+            if !asked {
+                asked = true;
+                if unreadable::try_again(core) {
+                    continue;
+                }
+            }
             let missing = core.volumes.iter().map(|v| v.unreadable.bytes()).sum();
             if core.queue.end_span(missing).is_some() {
+                asked = false;
                 core.checkpointer.ring();
             } else {
                 core.copier.wait(Duration::from_millis(100));
@@ -64,7 +77,9 @@ pub fn run(core: &TapCore) {
         }
         if !core.has_room_to_copy() {
             core.notice("the copy waits for room in the spool".to_owned());
+            core.wants_room.store(true, Ordering::SeqCst);
             core.copier.wait(ROOM_CHECK);
+            core.wants_room.store(false, Ordering::SeqCst);
             continue;
         }
         match step(core, &mut cursor) {
@@ -72,6 +87,11 @@ pub fn run(core: &TapCore) {
             Step::Nothing => {}
             Step::Unreadable => {
                 core.copier.wait(RETRY);
+                // Regions that recover make room to pass over this one.
+                if tried_at.elapsed() >= UNREADABLE_RETRY {
+                    unreadable::try_again(core);
+                    tried_at = Instant::now();
+                }
             }
         }
     }

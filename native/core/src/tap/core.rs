@@ -54,9 +54,13 @@ pub struct TapCore {
     /// Held from noting a span in the state file to its SPAN_BEGIN, and while forgetting one.
     pub span_turn: Mutex<()>,
     pub spool: Arc<dyn Directory>,
+    /// The spool is the history itself: nobody releases it.
+    pub kept: bool,
     pub time: Arc<dyn TimeSource>,
     pub housekeeper: Arc<Bell>,
     pub copier: Bell,
+    /// The copier waits for room in the spool; its other waits no release must end.
+    pub wants_room: AtomicBool,
     pub checkpointer: Bell,
     pub stopping: AtomicBool,
     /// The keeper's own end; it comes after the last request.
@@ -313,8 +317,12 @@ impl TapCore {
 
     /// Whether the copier may go on: a quarter of the spool stays free for what is written
     /// meanwhile, or the copy would overflow the spool that it mends. Targets make room again, for
-    /// all but the newest two segments, of an eighth each.
+    /// all but the newest two segments, of an eighth each. Without a target nobody does, and to
+    /// wait would be for ever.
     pub fn has_room_to_copy(&self) -> bool {
+        if self.kept {
+            return true;
+        }
         let used = self.pipeline.end().total_bytes;
         let limit = self.spool_limit(used);
         used + self.queue.used_bytes() + REGION_BYTES <= limit - limit / 4

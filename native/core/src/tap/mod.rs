@@ -72,6 +72,8 @@ pub struct TapConfig {
     pub spool_bytes_max: u64,
     pub cache_bytes: usize,
     pub frame_delay_ms: u64,
+    /// The group has no target: its spool is its history, which nobody releases.
+    pub kept: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -324,7 +326,9 @@ impl Tap {
             writer.trim(position)
         });
         self.core.housekeeper.ring();
-        self.core.copier.ring();
+        if self.core.wants_room.load(Ordering::SeqCst) {
+            self.core.copier.ring();
+        }
         match trimmed {
             Some(outcome) => Ok(outcome?),
             None => Err(TapError::State(

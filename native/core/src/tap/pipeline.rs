@@ -28,6 +28,8 @@ use crate::types::{BlockIndex, Extent, FrameNo, Generation, GroupId, Incarnation
 /// With more than this share of the queue in use the encoder falls behind, and tries less hard.
 /// Long before anyone waits: compressing what hardly shrinks takes the processor from the writers.
 const BUSY_SHARE: u64 = 8;
+/// Or more than this, where that share is less than the frames that are always under way.
+const BUSY_BYTES_MIN: u64 = 3 << 20;
 
 /// What the frames of this tap have in common.
 #[derive(Debug, Clone)]
@@ -301,7 +303,7 @@ impl Pipeline {
             .iter()
             .map(|(offset, length)| queue.bytes(*offset, *length))
             .collect();
-        let effort = if queue.used_bytes() > queue.capacity() / BUSY_SHARE {
+        let effort = if queue.used_bytes() > (queue.capacity() / BUSY_SHARE).max(BUSY_BYTES_MIN) {
             Effort::Quick
         } else {
             Effort::Lz4

@@ -162,8 +162,10 @@ fn place(core: &TapCore, volume: &Volume, start: u64, content: &[u8]) -> bool {
     }
 }
 
-/// Has regions copied that can be read whole again. Without a span: one is opened for them.
-pub fn try_again(core: &TapCore) {
+/// Has regions copied that can be read whole again; whether there are any. Without a span: one is
+/// opened for them.
+pub fn try_again(core: &TapCore) -> bool {
+    let mut any = false;
     for volume in &core.volumes {
         let mut from = 0;
         while let Some(region) = volume.unreadable.regions.next_set(from) {
@@ -183,6 +185,8 @@ pub fn try_again(core: &TapCore) {
             core.queue.mark_regions(&mut state, slot, region, from);
             drop(state);
             core.housekeeper.ring();
+            any = true;
         }
     }
+    any
 }

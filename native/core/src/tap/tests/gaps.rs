@@ -141,6 +141,19 @@ fn full_spool_costs_a_gap_and_recovers_when_targets_have_it() {
 }
 
 #[test]
+fn a_copy_that_nobody_makes_room_for_uses_the_whole_spool() {
+    let mut rig = Rig::new(&[7 << 20]);
+    rig.disk.place("volume0", &noise(7 << 20, 1));
+    rig.spool_bytes_max = 8 << 20;
+    rig.kept = true;
+    let tap = rig.start();
+    settle(&tap);
+    assert!(tap.log_end().total_bytes > 7 << 20);
+    rig.check(&tap);
+    tap.stop().unwrap();
+}
+
+#[test]
 fn no_space_on_the_medium_is_a_gap_and_history_is_whole_afterwards() {
     let mut rig = Rig::new(&[SIZE]);
     let faulty = Arc::new(FaultyDirectory::new(Arc::new(rig.spool.clone())));

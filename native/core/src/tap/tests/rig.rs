@@ -82,6 +82,8 @@ pub struct Rig {
     pub checkpoint: Duration,
     pub incarnation: IncarnationLimits,
     pub key: Option<GroupKey>,
+    /// The group has no target.
+    pub kept: bool,
     /// Between tap and media, for faults.
     pub spool_through: Option<Arc<dyn Directory>>,
     pub disk_through: Option<Arc<dyn Directory>>,
@@ -108,6 +110,7 @@ impl Rig {
             checkpoint: Duration::from_secs(3600),
             incarnation: IncarnationLimits::default(),
             key: Some(key()),
+            kept: false,
             spool_through: None,
             disk_through: None,
         }
@@ -133,6 +136,7 @@ impl Rig {
             spool_bytes_max: self.spool_bytes_max,
             cache_bytes: 4 << 20,
             frame_delay_ms: 2,
+            kept: self.kept,
         }
     }
 

@@ -18,6 +18,8 @@ const BAD: u64 = 300;
 struct BadSectors {
     inner: Arc<dyn Backing>,
     count: Arc<AtomicU64>,
+    /// So often; after that they can.
+    failures: AtomicU64,
 }
 
 impl Backing for BadSectors {
@@ -27,7 +29,10 @@ impl Backing for BadSectors {
     fn read(&self, buffer: &mut [u8], offset: u64, nowait: bool) -> io::Result<()> {
         let (bad, end) = (BAD * 4096, offset + buffer.len() as u64);
         let count = self.count.load(Ordering::SeqCst);
-        if count > 0 && offset < bad + count * 4096 && end > bad {
+        let bad = count > 0 && offset < bad + count * 4096 && end > bad;
+        let less = |left: u64| left.checked_sub(1);
+        let (set, get) = (Ordering::SeqCst, Ordering::SeqCst);
+        if bad && self.failures.fetch_update(set, get, less).is_ok() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.inner.read(buffer, offset, nowait)
@@ -61,10 +66,15 @@ fn rig() -> (Rig, Vec<u8>) {
 }
 
 fn start(rig: &Rig, count: &Arc<AtomicU64>) -> Arc<Tap> {
+    start_failing(rig, count, u64::MAX)
+}
+
+fn start_failing(rig: &Rig, count: &Arc<AtomicU64>, failures: u64) -> Arc<Tap> {
     let mut parts = rig.parts();
     let bad = BadSectors {
         inner: rig.backing(0),
         count: Arc::clone(count),
+        failures: failures.into(),
     };
     parts.backings = vec![Arc::new(bad)];
     Tap::start_with(rig.config(), parts).unwrap()
@@ -132,6 +142,22 @@ fn bad_sector_is_named_passed_over_and_copied_when_it_can_be_read() {
     assert!(!names_missing(&rig, &tap, 0));
     assert!(tap.core.checkpoint());
     assert_eq!(tap.status().dirty_regions, 0);
+    tap.stop().unwrap();
+}
+
+#[test]
+fn what_can_be_read_again_before_the_span_ends_is_copied_within_it() {
+    let (rig, wanted) = rig();
+    // The region, the piece of it, the block: then the path is back.
+    let tap = start_failing(&rig, &Arc::new(AtomicU64::new(1)), 3);
+    settle(&tap);
+    let replay = rig.replay(&tap);
+    assert!(replay.newest(0, SIZE) == wanted);
+    assert!(
+        !replay
+            .bodies()
+            .any(|body| matches!(body, RecordBody::Gap { .. }))
+    );
     tap.stop().unwrap();
 }
 
