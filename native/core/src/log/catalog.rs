@@ -368,6 +368,7 @@ impl Catalog {
         std::thread::Builder::new()
             .name("log-seal".to_owned())
             .spawn(move || {
+                let _watch = SealerWatch(&catalog);
                 loop {
                     let mut inner = catalog.inner.lock();
                     while !inner.work && !inner.stop {
@@ -391,6 +392,18 @@ impl Catalog {
     pub(super) fn stop(&self) {
         self.inner.lock().stop = true;
         self.changed.notify_all();
+    }
+}
+
+/// A sealing thread that panicked seals no more: nobody may wait for it, and the log takes nothing.
+struct SealerWatch<'a>(&'a Catalog);
+
+impl Drop for SealerWatch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.inner.lock().thread = false;
+            self.0.poison();
+        }
     }
 }
 

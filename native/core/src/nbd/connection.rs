@@ -236,7 +236,8 @@ impl<'a> Connection<'a> {
     /// Runs the request at the head of the buffer, whose payload is there unless it is large.
     fn handle(&mut self, header: &RequestHeader) -> Result<(), Hangup> {
         let mut verdict = check(header, &self.channel.terms);
-        if self.stopping.load(Ordering::Relaxed) {
+        // Not to a patient client, if the stop has come just now: the device still works.
+        if self.channel.terms.structured && self.stopping.load(Ordering::Relaxed) {
             verdict = Err(Errno::Shutdown);
         }
         let payload = header.payload_len();

@@ -131,7 +131,10 @@ pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
         )));
     }
     let failed = |error: &io::Error| Failure::io(&format!("listen on {}", path.display()), error);
-    let directory = path.parent().unwrap_or(Path::new("/"));
+    let directory = path
+        .parent()
+        .filter(|directory| !directory.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let turn = std::fs::File::open(directory).map_err(|error| failed(&error))?;
     flock(&turn, FlockOperation::LockExclusive).map_err(|error| failed(&error.into()))?;
     let is_socket =
