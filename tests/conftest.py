@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs(*tools): skips if one of the programs, 'root', 'fuse' or 'loop' is absent",
     ):
         config.addinivalue_line("markers", line)
+    # A shell that runs us in the background has these ignored, and so would all that we start.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     # Debian puts mkfs, losetup and ip where users' PATH does not look.
     os.environ["PATH"] += ":/usr/sbin:/sbin"
 
