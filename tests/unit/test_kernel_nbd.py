@@ -5,6 +5,7 @@ The client itself is the guest test's (`tests/integration/test_nbd_attach.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -184,3 +185,37 @@ def test_who_has_a_device_open() -> None:
     with open("/dev/null") as file:
         assert os.getpid() in openers("/dev/null")
         assert file.readable()
+
+
+def test_only_what_can_be_a_device_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file on a mount that does not answer would make the search wait."""
+    looked: list[str] = []
+    stat = type(tmp_path).stat
+
+    def watched(self: Path, **how: Any) -> os.stat_result:
+        if self.parts[1:2] == ("proc",) and "fd" in self.parts:
+            with contextlib.suppress(OSError):
+                looked.append(os.readlink(self))
+        return stat(self, **how)
+
+    monkeypatch.setattr(type(tmp_path), "stat", watched)
+    with (tmp_path / "file").open("w"), open("/dev/null"):
+        assert os.getpid() in openers("/dev/null")
+    assert "/dev/null" in looked
+    assert not [link for link in looked if not kernel_nbd._may_be_device(link)]
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("/dev/nbd0", True),
+        ("/nbd0", True),
+        ("/srv/share/file", False),
+        ("socket:[123]", False),
+        ("anon_inode:[eventpoll]", False),
+    ],
+)
+def test_what_can_be_a_device(link: str, expected: bool) -> None:
+    assert kernel_nbd._may_be_device(link) is expected

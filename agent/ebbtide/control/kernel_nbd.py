@@ -108,13 +108,22 @@ def _taken(channel: socket.socket) -> bool:
     return any(value)
 
 
+def _may_be_device(link: str) -> bool:
+    """Whether a descriptor's link can be a device node: below /dev, or in the root of a mount that
+    is not ours to see, as the /dev of a container looks from outside."""
+    return link.startswith("/dev/") or (link.startswith("/") and link.count("/") == 1)
+
+
 def openers(device: str) -> list[int]:
-    """Processes that have a block device open. Blocks."""
+    """Processes that have a block device open. Blocks.
+
+    Nothing else is looked at: a file of a server that does not answer would make us wait.
+    """
     number = Path(device).stat().st_rdev
     found = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if entry.stat().st_rdev == number:
+            if _may_be_device(str(entry.readlink())) and entry.stat().st_rdev == number:
                 found.add(int(entry.parts[2]))
     return sorted(found)
 
