@@ -5,6 +5,7 @@ The client itself is the guest test's (`tests/integration/test_nbd_attach.py`).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -18,12 +19,12 @@ import pytest
 from ebbtide.config import AttachSection
 from ebbtide.control import genetlink, kernel_nbd, nbd_connect
 from ebbtide.control.devices import BlockDevices
-from ebbtide.control.kernel_nbd import AbsentError, openers
+from ebbtide.control.kernel_nbd import AbsentError, KernelNbd, openers
 from ebbtide.control.state import Attachment
 from ebbtide.errors import DamagedError, RefusedError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 # Netlink
@@ -219,3 +220,100 @@ def test_only_what_can_be_a_device_is_looked_at(
 )
 def test_what_can_be_a_device(link: str, expected: bool) -> None:
     assert kernel_nbd._may_be_device(link) is expected
+
+
+# Events and hand-overs
+
+
+class FakeFamily:
+    """Stands for the kernel's NBD family: no device, and events that a test sends."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def __enter__(self) -> FakeFamily:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def subscribe(self, group: str) -> socket.socket:
+        assert group == "nbd_mc_group"
+        self.pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.pairs[-1][0].setblocking(False)
+        return self.pairs[-1][0]
+
+    def close(self) -> None:
+        for pair in self.pairs:
+            for end in pair:
+                end.close()
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFamily]:
+    made = FakeFamily()
+    monkeypatch.setattr(kernel_nbd, "_family", lambda: made)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def nbd(tmp_path: Path, family: FakeFamily) -> AsyncIterator[KernelNbd]:
+    assert family.pairs == []
+    made = KernelNbd(
+        name="ward",
+        nbd_unix=tmp_path / "nbd.sock",
+        connections=4,
+        timeout_s=30,
+        serves=lambda: True,
+    )
+    yield made
+    await made.abandon()
+
+
+async def test_two_that_listen_at_once_have_one_reader(nbd: KernelNbd, family: FakeFamily) -> None:
+    await asyncio.gather(nbd._listen(), nbd._listen())
+    assert len(family.pairs) == 1
+
+
+class Failing:
+    """A socket whose every `recv` fails, counted."""
+
+    def __init__(self, *errors: OSError) -> None:
+        self.errors = list(errors)
+        self.closed = False
+
+    def recv(self, size: int) -> bytes:
+        assert size > 0
+        assert self.errors, "asked once more"
+        raise self.errors.pop(0)
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_events_that_were_lost_do_not_end_the_reading(nbd: KernelNbd) -> None:
+    lost = OSError(errno.ENOBUFS, "lost")
+    events = Failing(lost, lost, BlockingIOError())
+    nbd._events = events  # type: ignore[assignment]
+    nbd._told()
+    assert nbd._events is events
+    assert not events.errors
+    nbd._events = None
+
+
+async def test_a_socket_that_keeps_failing_is_given_up(
+    nbd: KernelNbd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "remove_reader", removed.append)
+    events = Failing(OSError(errno.EBADF, "bad"))
+    nbd._events = events  # type: ignore[assignment]
+    nbd._told()
+    assert nbd._events is None
+    assert events.closed
+    assert removed == [events]

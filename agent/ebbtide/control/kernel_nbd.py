@@ -149,6 +149,7 @@ class KernelNbd:
         self._volumes: dict[int, str] = {}
         self._handing_over = asyncio.Lock()
         self._events: socket.socket | None = None
+        self._listening = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger(process=name)
 
@@ -186,10 +187,8 @@ class KernelNbd:
 
     async def abandon(self) -> None:
         """Leave everything to the kernel, and to the next agent."""
-        if self._events is not None:
-            asyncio.get_running_loop().remove_reader(self._events)
-            self._events.close()
-            self._events = None
+        async with self._listening:
+            self._stop_listening()
         for task in self._work:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
@@ -275,10 +274,17 @@ class KernelNbd:
             time.sleep(0.05)
 
     async def _listen(self) -> None:
-        if self._events is None:
-            with await asyncio.to_thread(_family) as family:
-                self._events = family.subscribe("nbd_mc_group")
-            asyncio.get_running_loop().add_reader(self._events, self._told)
+        async with self._listening:
+            if self._events is None:
+                with await asyncio.to_thread(_family) as family:
+                    self._events = family.subscribe("nbd_mc_group")
+                asyncio.get_running_loop().add_reader(self._events, self._told)
+
+    def _stop_listening(self) -> None:
+        if self._events is not None:
+            asyncio.get_running_loop().remove_reader(self._events)
+            self._events.close()
+            self._events = None
 
     def _told(self) -> None:
         """The kernel gave a connection up: it gets another one, if the server lives."""
@@ -288,9 +294,13 @@ class KernelNbd:
                 data = self._events.recv(1 << 16)
             except BlockingIOError:
                 break
-            except OSError:
+            except OSError as error:
                 # Events were lost: any connection can be among them.
                 dead |= set(self._volumes)
+                if error.errno != errno.ENOBUFS:
+                    # It would fail for ever, and at once.
+                    self._log.error("no more events of the kernel's NBD client", error=str(error))
+                    self._stop_listening()
                 continue
             for command, parts in genetlink.event(data):
                 if command == _LINK_DEAD and _INDEX in parts:
