@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -269,6 +270,47 @@ async def nbd(tmp_path: Path, family: FakeFamily) -> AsyncIterator[KernelNbd]:
     )
     yield made
     await made.abandon()
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], Path]:
+    """Makes NBD devices: index and backend identifier; an empty one takes a device away."""
+    root = tmp_path / "block"
+    root.mkdir()
+    monkeypatch.setattr(kernel_nbd, "SYSFS", root)
+
+    def make(index: int, identity: str) -> Path:
+        device = root / f"nbd{index}"
+        shutil.rmtree(device, ignore_errors=True)
+        if identity:
+            device.mkdir()
+            (device / "backend").write_text(identity + "\n")
+            (device / "ro").write_text("0\n")
+        return device
+
+    return make
+
+
+@pytest.mark.usefixtures("family")
+async def test_a_device_keeps_the_number_of_its_connections(
+    tmp_path: Path, sysfs: Callable[[int, str], Path]
+) -> None:
+    """Whatever is configured since; so many clients of the server are not somebody else's."""
+    sysfs(0, "ebbtide:ward/one")
+    sysfs(3, "ebbtide:ward/two")
+    found = block_devices(tmp_path, "auto")
+    attachment = Attachment(
+        method="nbd",
+        devices={"one": "/dev/nbd0", "two": "/dev/nbd3", "gone": "/dev/nbd9"},
+        connections={"one": 1, "gone": 7},
+    )
+    read = Attachment.model_validate_json(attachment.model_dump_json())
+    await found.adopt(read)
+    # The second was made by an agent that noted none.
+    assert found.clients == 1 + AttachSection().nbd_connections
+    assert found.attachment is not None
+    assert found.attachment.connections == {"one": 1, "two": AttachSection().nbd_connections}
+    await found.abandon()
 
 
 async def test_two_that_listen_at_once_have_one_reader(nbd: KernelNbd, family: FakeFamily) -> None:

@@ -133,7 +133,9 @@ class BlockDevices:
         self.attachment = attachment
         if attachment.method == "nbd":
             # After a boot none of them is there.
-            attachment.devices = await self._nbd.adopt(attachment.devices)
+            held = await self._nbd.adopt(attachment.devices, attachment.connections)
+            attachment.devices = {one.volume: one.path for one in held}
+            attachment.connections = {one.volume: one.connections for one in held}
             if not attachment.devices:
                 self.attachment = None
             return
@@ -190,10 +192,10 @@ class BlockDevices:
         devices = dict(attachment.devices)
         for volume in volumes:
             if volume not in devices:
-                devices[volume] = await self._nbd.attach(
-                    volume, read_only=read_only or attachment.read_only
-                )
+                made = await self._nbd.attach(volume, read_only=read_only or attachment.read_only)
+                devices[volume] = made.path
                 attachment.devices = devices
+                attachment.connections = {**attachment.connections, volume: made.connections}
                 self.attachment = attachment
         return {volume: devices[volume] for volume in volumes}
 
@@ -244,6 +246,7 @@ class BlockDevices:
                 await in_thread(_native.loop_detach, device)
             del devices[volume]
             self.attachment.devices = devices
+            self.attachment.connections.pop(volume, None)
         if not devices:
             if self._holder is not None:
                 await self._holder.unmount()

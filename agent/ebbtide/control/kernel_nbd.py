@@ -21,6 +21,7 @@ import socket
 import struct
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +39,7 @@ _INDEX, _SIZE, _BLOCK_SIZE, _TIMEOUT, _SERVER_FLAGS = 1, 2, 3, 4, 5
 _SOCKETS, _DEAD_CONN_TIMEOUT, _BACKEND = 7, 8, 10
 _SOCK_ITEM, _SOCK_FD = 1, 1
 
+SYSFS: Final = Path("/sys/block")
 #: The kernel has backend identifiers since then: without, a device could be taken for ours.
 KERNEL_MIN: Final = (5, 14)
 #: As the loop device: partition tables and xfs are laid out in this unit.
@@ -85,7 +87,7 @@ def index_of(device: str) -> int:
 
 
 def _sysfs(index: int) -> Path:
-    return Path(f"/sys/block/nbd{index}")
+    return SYSFS / f"nbd{index}"
 
 
 def _identifier(index: int) -> str:
@@ -128,6 +130,20 @@ def openers(device: str) -> list[int]:
     return sorted(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """One device of ours."""
+
+    index: int
+    volume: str
+    #: As many as when it was made, whatever is configured now.
+    connections: int
+
+    @property
+    def path(self) -> str:
+        return f"/dev/nbd{self.index}"
+
+
 class KernelNbd:
     """The NBD devices of one tap or view."""
 
@@ -145,8 +161,8 @@ class KernelNbd:
         self._connections = connections
         self._timeout_s = timeout_s
         self._serves = serves
-        #: Volume by index of its device.
-        self._volumes: dict[int, str] = {}
+        #: By index.
+        self._devices: dict[int, Connected] = {}
         self._handing_over = asyncio.Lock()
         self._events: socket.socket | None = None
         self._listening = asyncio.Lock()
@@ -156,33 +172,36 @@ class KernelNbd:
     @property
     def connections(self) -> int:
         """How many clients of the server are the kernel's."""
-        return self._connections * len(self._volumes)
+        return sum(one.connections for one in self._devices.values())
 
-    async def adopt(self, devices: dict[str, str]) -> dict[str, str]:
-        """Take over what an earlier agent attached; returns what is still there, and ours."""
-        held = {
-            volume: device
+    async def adopt(self, devices: dict[str, str], connections: dict[str, int]) -> list[Connected]:
+        """Take over what an earlier agent attached; returns what is still there, and ours.
+
+        Both by volume. An agent before us may not have noted the number of connections.
+        """
+        held = [
+            Connected(index_of(device), volume, connections.get(volume, self._connections))
             for volume, device in devices.items()
             if _identifier(index_of(device)) == self._identity(volume)
-        }
-        self._volumes = {index_of(device): volume for volume, device in held.items()}
+        ]
+        self._devices = {one.index: one for one in held}
         if held:
             with contextlib.suppress(EbbError, OSError):
                 await self._listen()
         return held
 
-    async def attach(self, volume: str, *, read_only: bool) -> str:
+    async def attach(self, volume: str, *, read_only: bool) -> Connected:
         """Connect a device. Raises `AbsentError` and other `EbbError`s."""
         await self._listen()
-        index = await asyncio.to_thread(self._connect, volume, read_only)
-        self._volumes[index] = volume
-        return f"/dev/nbd{index}"
+        made = await asyncio.to_thread(self._connect, volume, read_only)
+        self._devices[made.index] = made
+        return made
 
     async def detach(self, device: str) -> None:
         """Make durable and disconnect. Raises `RefusedError` while somebody has the device open."""
         await asyncio.to_thread(self._disconnect, device)
-        self._volumes.pop(index_of(device), None)
-        if not self._volumes:
+        self._devices.pop(index_of(device), None)
+        if not self._devices:
             await self.abandon()
 
     async def abandon(self) -> None:
@@ -196,13 +215,13 @@ class KernelNbd:
     async def serve_again(self) -> None:
         """Hand new connections to every device that has lost some."""
         async with self._handing_over:
-            for index, volume in list(self._volumes.items()):
-                await self._reconnect(index, volume, RECONNECT_S)
+            for one in list(self._devices.values()):
+                await self._reconnect(one, RECONNECT_S)
 
     def _identity(self, volume: str) -> str:
         return f"ebbtide:{self._name}/{volume}"
 
-    def _connect(self, volume: str, read_only: bool) -> int:
+    def _connect(self, volume: str, read_only: bool) -> Connected:
         with _family() as family, contextlib.ExitStack() as ours:
             first = nbd_connect.connect(self._nbd_unix, volume)
             ours.callback(first.socket.close)
@@ -230,7 +249,7 @@ class KernelNbd:
                     hint="use --method fuse-loop",
                 ) from None
         (index,) = struct.unpack("=I", answer[_INDEX])
-        return int(index)
+        return Connected(index, volume, len(sockets))
 
     def _disconnect(self, device: str) -> None:
         index = index_of(device)
@@ -296,7 +315,7 @@ class KernelNbd:
                 break
             except OSError as error:
                 # Events were lost: any connection can be among them.
-                dead |= set(self._volumes)
+                dead |= set(self._devices)
                 if error.errno != errno.ENOBUFS:
                     # It would fail for ever, and at once.
                     self._log.error("no more events of the kernel's NBD client", error=str(error))
@@ -305,44 +324,43 @@ class KernelNbd:
             for command, parts in genetlink.event(data):
                 if command == _LINK_DEAD and _INDEX in parts:
                     dead.add(struct.unpack("=I", parts[_INDEX])[0])
-        for index in dead & set(self._volumes):
+        for index in dead & set(self._devices):
             task = asyncio.create_task(self._mend(index), name=f"mend nbd{index}")
             self._work.add(task)
             task.add_done_callback(self._work.discard)
 
     async def _mend(self, index: int) -> None:
         async with self._handing_over:
-            if (volume := self._volumes.get(index)) and self._serves():
-                await self._reconnect(index, volume, (0.0,))
+            if (one := self._devices.get(index)) and self._serves():
+                await self._reconnect(one, (0.0,))
 
-    async def _reconnect(self, index: int, volume: str, pauses: tuple[float, ...]) -> None:
+    async def _reconnect(self, one: Connected, pauses: tuple[float, ...]) -> None:
         """Offer connections until all of the device's are new, or `pauses` are over."""
-        missing = self._connections
+        missing = one.connections
         for pause in pauses:
             await asyncio.sleep(pause)
             try:
-                missing -= await asyncio.to_thread(self._offer, index, volume, missing)
+                missing -= await asyncio.to_thread(self._offer, one, missing)
             except (EbbError, OSError) as error:
                 # A server that died again is started again, and we are called again.
-                self._log.warning("no connection for the kernel", device=index, error=str(error))
+                self._log.warning("no connection for the kernel", device=one.path, error=str(error))
                 return
             if missing == 0:
                 break
-        if missing < self._connections:
-            taken = self._connections - missing
-            self._log.info("kernel has new connections", device=f"nbd{index}", connections=taken)
+        if taken := one.connections - missing:
+            self._log.info("kernel has new connections", device=one.path, connections=taken)
 
-    def _offer(self, index: int, volume: str, count: int) -> int:
+    def _offer(self, one: Connected, count: int) -> int:
         """Offer connections to a device; returns how many it had use for."""
         with _family() as family, contextlib.ExitStack() as ours:
             sockets = []
             for _ in range(count):
-                sockets.append(nbd_connect.connect(self._nbd_unix, volume).socket)
+                sockets.append(nbd_connect.connect(self._nbd_unix, one.volume).socket)
                 ours.callback(sockets[-1].close)
             family.request(
                 _RECONFIGURE,
-                genetlink.u32(_INDEX, index),
-                genetlink.text(_BACKEND, self._identity(volume)),
+                genetlink.u32(_INDEX, one.index),
+                genetlink.text(_BACKEND, self._identity(one.volume)),
                 _fds(sockets),
             )
-            return sum(_taken(one) for one in sockets)
+            return sum(map(_taken, sockets))

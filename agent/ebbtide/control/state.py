@@ -36,6 +36,8 @@ class Attachment(_Record):
     read_only: bool = False
     #: Volume name to device path.
     devices: dict[str, str] = Field(default_factory=dict)
+    #: Volume name to the number of connections of its NBD device.
+    connections: dict[str, int] = Field(default_factory=dict)
 
 
 class VolumeRecord(_Record):
