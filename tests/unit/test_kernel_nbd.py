@@ -12,7 +12,9 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +22,7 @@ import pytest
 from ebbtide.config import AttachSection
 from ebbtide.control import genetlink, kernel_nbd, nbd_connect
 from ebbtide.control.devices import BlockDevices
-from ebbtide.control.kernel_nbd import AbsentError, KernelNbd, openers
+from ebbtide.control.kernel_nbd import AbsentError, Connected, KernelNbd, openers
 from ebbtide.control.state import Attachment
 from ebbtide.errors import DamagedError, RefusedError, UnreachableError
 
@@ -359,3 +361,171 @@ async def test_a_socket_that_keeps_failing_is_given_up(
     assert nbd._events is None
     assert events.closed
     assert removed == [events]
+
+
+class Offers:
+    """Stands for the kernel and the server: says how many connections each offer is taken of."""
+
+    def __init__(self, nbd: KernelNbd) -> None:
+        self.answers: list[int | Exception] = []
+        self.made: list[tuple[str, int]] = []
+        nbd._offer = self.offer  # type: ignore[method-assign]
+
+    def offer(self, one: Connected, count: int) -> int:
+        self.made.append((one.path, count))
+        answer = self.answers.pop(0) if self.answers else 0
+        if isinstance(answer, Exception):
+            raise answer
+        return min(answer, count)
+
+
+REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+PAUSES = (0.0, 0.01, 0.01)
+
+
+@pytest.fixture
+async def held(
+    nbd: KernelNbd, sysfs: Callable[[int, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Offers:
+    """One device of four connections."""
+    monkeypatch.setattr(kernel_nbd, "RECONNECT_S", PAUSES)
+    monkeypatch.setattr(kernel_nbd, "_age_s", lambda _: 0.0)
+    sysfs(5, "ebbtide:ward/disk")
+    await nbd.adopt({"disk": "/dev/nbd5"}, {"disk": 4})
+    return Offers(nbd)
+
+
+async def test_a_hand_over_that_failed_is_told(nbd: KernelNbd, held: Offers) -> None:
+    """Else the group is said to be protected while writes wait for days."""
+    held.answers = [1, REFUSED]
+    with pytest.raises(UnreachableError, match="/dev/nbd5"):
+        await nbd.serve_again(1)
+    held.answers = [3, 1]
+    await nbd.serve_again(1)
+    assert held.made == [("/dev/nbd5", 4), ("/dev/nbd5", 3), ("/dev/nbd5", 4), ("/dev/nbd5", 1)]
+
+
+async def test_one_device_that_fails_does_not_keep_another_waiting(
+    nbd: KernelNbd, sysfs: Callable[[int, str], Path], held: Offers
+) -> None:
+    sysfs(6, "ebbtide:ward/other")
+    await nbd.adopt({"disk": "/dev/nbd5", "other": "/dev/nbd6"}, {})
+
+    def offer(one: Connected, count: int) -> int:
+        held.made.append((one.path, count))
+        if one.index == 5:
+            raise REFUSED
+        return count
+
+    nbd._offer = offer  # type: ignore[method-assign]
+    with pytest.raises(UnreachableError):
+        await nbd.serve_again(1)
+    assert sorted(held.made) == [("/dev/nbd5", 4), ("/dev/nbd6", 4)]
+
+
+@pytest.mark.parametrize("now", ["", "ebbtide:elsewhere/disk"])
+async def test_a_device_that_is_ours_no_more_is_forgotten(
+    nbd: KernelNbd, sysfs: Callable[[int, str], Path], held: Offers, now: str
+) -> None:
+    sysfs(5, now)
+    held.answers = [OSError(errno.EINVAL, "no")]
+    await nbd.serve_again(1)
+    assert nbd.of("disk") is None
+    assert nbd.connections == 0
+
+
+async def test_a_forgotten_device_leaves_the_attachment(
+    tmp_path: Path, family: FakeFamily, sysfs: Callable[[int, str], Path]
+) -> None:
+    sysfs(1, "ebbtide:ward/one")
+    sysfs(2, "ebbtide:ward/two")
+    found = block_devices(tmp_path, "auto")
+    found._server = SimpleNamespace(pid=os.getpid(), client=None)  # type: ignore[assignment]
+    attachment = Attachment(method="nbd", devices={"one": "/dev/nbd1", "two": "/dev/nbd2"})
+    await found.adopt(attachment)
+    assert len(family.pairs) == 1
+    offers = Offers(found._nbd)
+    for index, left in [(1, {"two": "/dev/nbd2"}), (2, {})]:
+        sysfs(index, "")
+        offers.answers = [OSError(errno.EINVAL, "no"), 9]
+        await found.join()
+        assert attachment.devices == left
+        assert set(attachment.connections) == set(left)
+    assert found.attachment is None
+
+
+async def test_a_server_that_serves_for_long_is_offered_once(
+    nbd: KernelNbd, held: Offers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an agent was started again beside a tap that never went: all links are alive."""
+    await nbd.serve_again(1)
+    assert len(held.made) == len(PAUSES)
+    held.made.clear()
+    monkeypatch.setattr(kernel_nbd, "_age_s", lambda _: 60.0)
+    await nbd.serve_again(1)
+    assert len(held.made) == 1
+
+
+def test_the_age_of_a_process() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert 0.0 <= kernel_nbd._age_s(child.pid) < 30.0
+        child.kill()
+    assert kernel_nbd._age_s(child.pid) == 0.0
+    assert kernel_nbd._age_s(1) > kernel_nbd._age_s(os.getpid()) - 0.1
+
+
+async def until_mended(nbd: KernelNbd) -> None:
+    async with asyncio.timeout(10.0):
+        while nbd._work:
+            await asyncio.gather(*nbd._work)
+
+
+def link_dead(index: int) -> bytes:
+    body = struct.pack("=BBH", 4, 1, 0) + genetlink.u32(1, index)
+    return struct.pack("=IHHII", 16 + len(body), 30, 0, 0, 0) + body
+
+
+async def test_a_dead_link_is_replaced_until_it_succeeds(
+    nbd: KernelNbd, held: Offers, family: FakeFamily
+) -> None:
+    """Also if the server refuses longer than there are pauses, and the kernel takes none at first:
+    nobody else would try again."""
+    held.answers = [REFUSED] * 5 + [1]
+    for _ in range(4):
+        family.pairs[0][1].send(link_dead(5))
+    nbd._told()
+    assert len(nbd._work) == 1
+    await until_mended(nbd)
+    assert held.made == [("/dev/nbd5", 4)] * 6
+    assert nbd.of("disk") is not None
+
+
+async def test_a_link_that_dies_during_the_mending_is_replaced_too(
+    nbd: KernelNbd, held: Offers, family: FakeFamily
+) -> None:
+    offer = nbd._offer
+    loop = asyncio.get_running_loop()
+
+    def another_dies(one: Connected, count: int) -> int:
+        if not held.made:
+            family.pairs[0][1].send(link_dead(5))
+            done = threading.Event()
+            loop.call_soon_threadsafe(lambda: (nbd._told(), done.set()))
+            assert done.wait(10.0)
+        return offer(one, count)
+
+    nbd._offer = another_dies  # type: ignore[method-assign]
+    held.answers = [1, 1]
+    family.pairs[0][1].send(link_dead(5))
+    nbd._told()
+    await until_mended(nbd)
+    assert len(held.made) == 2
+
+
+async def test_mending_ends_when_the_server_goes(nbd: KernelNbd, held: Offers) -> None:
+    held.answers = [REFUSED] * 1000
+    nbd._serves = lambda: len(held.made) < 7
+    nbd._mending.add(5)
+    await nbd._mend(5)
+    assert len(held.made) == 7
+    assert not nbd._mending

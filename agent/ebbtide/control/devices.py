@@ -149,7 +149,10 @@ class BlockDevices:
         """
         holder, attachment = self._holder, self.attachment
         if attachment is not None and attachment.method == "nbd":
-            await self._nbd.serve_again()
+            try:
+                await self._nbd.serve_again(self._server.pid)
+            finally:
+                self._forget_lost(attachment)
         if holder is None or attachment is None:
             return
         if self._kept is not None:
@@ -159,6 +162,15 @@ class BlockDevices:
         kept = await in_thread(_native.FuseDescriptor.copy_from, attachment.holder_socket)
         if self._holder is holder:
             self._kept = kept
+
+    def _forget_lost(self, attachment: Attachment) -> None:
+        """Drop the NBD devices that the kernel has no more."""
+        held = {volume for volume in attachment.devices if self._nbd.of(volume) is not None}
+        if held != set(attachment.devices):
+            attachment.devices = {v: attachment.devices[v] for v in held}
+            attachment.connections = {v: attachment.connections[v] for v in held}
+        if not held and self.attachment is attachment:
+            self.attachment = None
 
     async def attach(
         self, volumes: list[str], *, read_only: bool, method: str = "auto"
@@ -228,10 +240,10 @@ class BlockDevices:
 
     async def detach(self, volumes: list[str]) -> dict[str, str]:
         """Take devices away; the mount too if none is left. Raises `RefusedError` if in use."""
-        if self.attachment is None:
+        attachment = self.attachment
+        if attachment is None:
             return {}
-        devices = dict(self.attachment.devices)
-        chosen = {volume: devices[volume] for volume in volumes if volume in devices}
+        chosen = {v: attachment.devices[v] for v in volumes if v in attachment.devices}
         for volume, device in chosen.items():
             if user := await asyncio.to_thread(user_of, device):
                 raise RefusedError(
@@ -240,14 +252,13 @@ class BlockDevices:
                     hint="unmount it or end who uses it, then repeat",
                 )
         for volume, device in chosen.items():
-            if self.attachment.method == "nbd":
+            if attachment.method == "nbd":
                 await self._nbd.detach(device)
             else:
                 await in_thread(_native.loop_detach, device)
-            del devices[volume]
-            self.attachment.devices = devices
-            self.attachment.connections.pop(volume, None)
-        if not devices:
+            attachment.devices = {v: d for v, d in attachment.devices.items() if v != volume}
+            attachment.connections.pop(volume, None)
+        if not attachment.devices:
             if self._holder is not None:
                 await self._holder.unmount()
                 self._holder = self._kept = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import platform
 import re
@@ -29,7 +30,7 @@ import structlog
 
 from ebbtide.control import genetlink, nbd_connect
 from ebbtide.control.genetlink import Family
-from ebbtide.errors import EbbError, PrivilegeError, RefusedError
+from ebbtide.errors import EbbError, PrivilegeError, RefusedError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,6 +111,17 @@ def _taken(channel: socket.socket) -> bool:
     return any(value)
 
 
+def _age_s(pid: int) -> float:
+    """How long ago a process was started; 0 if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    # The name, in parentheses, may hold anything; the start is the 20th field after it.
+    ticks = int(stat.rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _may_be_device(link: str) -> bool:
     """Whether a descriptor's link can be a device node: below /dev, or in the root of a mount that
     is not ours to see, as the /dev of a container looks from outside."""
@@ -167,6 +179,10 @@ class KernelNbd:
         self._events: socket.socket | None = None
         self._listening = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
+        #: Indices of devices that lost a connection since they were last looked after, and of those
+        #: that are being looked after.
+        self._dead: set[int] = set()
+        self._mending: set[int] = set()
         self._log = structlog.get_logger(process=name)
 
     @property
@@ -211,12 +227,28 @@ class KernelNbd:
         for task in self._work:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
+        # One that was cancelled before it began has not said so itself.
+        self._mending.clear()
 
-    async def serve_again(self) -> None:
-        """Hand new connections to every device that has lost some."""
+    async def serve_again(self, server_pid: int) -> None:
+        """Hand new connections to every device that has lost some.
+
+        Forgets devices that are not ours any more. Raises `UnreachableError` if a device could be
+        offered none: its requests may wait until it is.
+        """
+        # Links that a predecessor's end cut are known to be dead once the server serves for a
+        # while, and those that live take no offer: no use in waiting.
+        age = await asyncio.to_thread(_age_s, server_pid)
+        pauses = RECONNECT_S if age < sum(RECONNECT_S) else (0.0,)
         async with self._handing_over:
-            for one in list(self._devices.values()):
-                await self._reconnect(one, RECONNECT_S)
+            tried = [self._reconnect(one, pauses) for one in self._devices.values()]
+            for result in await asyncio.gather(*tried, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+
+    def of(self, volume: str) -> Connected | None:
+        """The device of a volume."""
+        return next((one for one in self._devices.values() if one.volume == volume), None)
 
     def _identity(self, volume: str) -> str:
         return f"ebbtide:{self._name}/{volume}"
@@ -325,30 +357,62 @@ class KernelNbd:
                 if command == _LINK_DEAD and _INDEX in parts:
                     dead.add(struct.unpack("=I", parts[_INDEX])[0])
         for index in dead & set(self._devices):
-            task = asyncio.create_task(self._mend(index), name=f"mend nbd{index}")
-            self._work.add(task)
-            task.add_done_callback(self._work.discard)
+            self._dead.add(index)
+            if index not in self._mending:
+                self._mending.add(index)
+                task = asyncio.create_task(self._mend(index), name=f"mend nbd{index}")
+                self._work.add(task)
+                task.add_done_callback(self._work.discard)
 
     async def _mend(self, index: int) -> None:
-        async with self._handing_over:
-            if (one := self._devices.get(index)) and self._serves():
-                await self._reconnect(one, (0.0,))
+        """Replace a device's dead connections, of which the event may be ahead.
 
-    async def _reconnect(self, one: Connected, pauses: tuple[float, ...]) -> None:
-        """Offer connections until all of the device's are new, or `pauses` are over."""
+        Gives up when the server goes: then we are called once it is back.
+        """
+        last = len(RECONNECT_S) - 1
+        try:
+            for attempt in itertools.count():
+                await asyncio.sleep(RECONNECT_S[min(attempt, last)])
+                self._dead.discard(index)
+                async with self._handing_over:
+                    one = self._devices.get(index)
+                    if one is None or not self._serves():
+                        return
+                    try:
+                        taken = await self._reconnect(one, (0.0,))
+                    except UnreachableError:
+                        continue
+                if index not in self._dead and (taken or attempt >= last):
+                    return
+        finally:
+            self._mending.discard(index)
+
+    async def _reconnect(self, one: Connected, pauses: tuple[float, ...]) -> int:
+        """Offer connections until all of the device's are new, or `pauses` are over.
+
+        Returns how many it took. Raises `UnreachableError` if an offer failed.
+        """
         missing = one.connections
         for pause in pauses:
             await asyncio.sleep(pause)
             try:
                 missing -= await asyncio.to_thread(self._offer, one, missing)
             except (EbbError, OSError) as error:
-                # A server that died again is started again, and we are called again.
+                if await asyncio.to_thread(_identifier, one.index) != self._identity(one.volume):
+                    self._log.warning("device is gone", device=one.path, volume=one.volume)
+                    self._devices.pop(one.index, None)
+                    break
                 self._log.warning("no connection for the kernel", device=one.path, error=str(error))
-                return
+                raise UnreachableError(
+                    f"{one.path} of volume {one.volume} gets no new connection: {error}",
+                    hint="what is written to it waits; it is tried again",
+                ) from None
             if missing == 0:
                 break
-        if taken := one.connections - missing:
+        taken = one.connections - missing
+        if taken:
             self._log.info("kernel has new connections", device=one.path, connections=taken)
+        return taken
 
     def _offer(self, one: Connected, count: int) -> int:
         """Offer connections to a device; returns how many it had use for."""
