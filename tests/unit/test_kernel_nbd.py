@@ -288,6 +288,7 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str
             device.mkdir()
             (device / "backend").write_text(identity + "\n")
             (device / "ro").write_text("0\n")
+            (device / "pid").write_text("77\n")
         return device
 
     return make
@@ -529,3 +530,133 @@ async def test_mending_ends_when_the_server_goes(nbd: KernelNbd, held: Offers) -
     await nbd._mend(5)
     assert len(held.made) == 7
     assert not nbd._mending
+
+
+# Devices that nobody noted, and changes one at a time
+
+
+class Kernel:
+    """Stands for kernel and server where devices are made and taken away."""
+
+    def __init__(self, found: BlockDevices, sysfs: Callable[[int, str], Path]) -> None:
+        self.sysfs = sysfs
+        self.connected = 0
+        self.slow = threading.Event()
+        self.slow.set()
+        self.entered = threading.Event()
+        self.offers = Offers(found._nbd)
+        server: Any = SimpleNamespace(pid=os.getpid(), client=SimpleNamespace(), name="tap")
+        found._server = server
+        found._nbd._connect = self.connect  # type: ignore[method-assign]
+        found._nbd._disconnect = self.disconnect  # type: ignore[method-assign]
+
+    def connect(self, volume: str, read_only: bool) -> Connected:
+        self.entered.set()
+        assert self.slow.wait(10.0)
+        index, self.connected = self.connected, self.connected + 1
+        device = self.sysfs(index, f"ebbtide:ward/{volume}")
+        (device / "ro").write_text(f"{int(read_only)}\n")
+        return Connected(index, volume, 4)
+
+    def disconnect(self, device: str) -> None:
+        self.sysfs(kernel_nbd.index_of(device), "")
+
+
+@pytest.fixture
+async def ward(
+    tmp_path: Path, family: FakeFamily, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[BlockDevices]:
+    assert family.pairs == []
+    monkeypatch.setattr(kernel_nbd, "require", lambda: None)
+    monkeypatch.setattr(kernel_nbd, "_age_s", lambda _: 60.0)
+    made = block_devices(tmp_path, "nbd")
+    yield made
+    await made.abandon()
+
+
+@pytest.fixture
+async def kernel(ward: BlockDevices, sysfs: Callable[[int, str], Path]) -> Kernel:
+    return Kernel(ward, sysfs)
+
+
+async def test_two_that_attach_at_once_get_one_device(ward: BlockDevices, kernel: Kernel) -> None:
+    both = await asyncio.gather(*(ward.attach(["disk"], read_only=False) for _ in range(2)))
+    assert both == [{"disk": "/dev/nbd0"}] * 2
+    assert kernel.connected == 1
+    assert ward.clients == 4
+
+
+async def test_an_attach_that_was_cancelled_leaves_no_device_unnoted(
+    ward: BlockDevices, kernel: Kernel
+) -> None:
+    kernel.slow.clear()
+    task = asyncio.create_task(ward.attach(["disk"], read_only=False))
+    await asyncio.to_thread(kernel.entered.wait, 10.0)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    kernel.slow.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ward.attachment is not None
+    assert ward.attachment.devices == {"disk": "/dev/nbd0"}
+    assert ward.clients == 4
+
+
+async def test_a_device_that_nobody_noted_is_taken_over(
+    ward: BlockDevices, kernel: Kernel, sysfs: Callable[[int, str], Path]
+) -> None:
+    """As when an agent was killed after it had connected. A second one would write beside it."""
+    sysfs(8, "ebbtide:ward/disk")
+    sysfs(9, "ebbtide:wardrobe/disk")
+    assert await ward.attach(["disk"], read_only=False) == {"disk": "/dev/nbd8"}
+    assert kernel.connected == 0
+    # It may be without a link since then.
+    assert kernel.offers.made == [("/dev/nbd8", 4)]
+    assert await ward.detach(["disk"]) == {"disk": "/dev/nbd8"}
+    assert ward.attachment is None
+
+
+async def test_a_device_that_nobody_noted_is_detached(
+    ward: BlockDevices, kernel: Kernel, sysfs: Callable[[int, str], Path]
+) -> None:
+    assert kernel.connected == 0
+    assert await ward.detach(["disk"]) == {}
+    where = sysfs(8, "ebbtide:ward/disk")
+    assert await ward.detach(["disk"]) == {"disk": "/dev/nbd8"}
+    assert not where.exists()
+
+
+async def test_adopting_finds_what_was_not_noted_and_prefers_what_was(
+    ward: BlockDevices, sysfs: Callable[[int, str], Path]
+) -> None:
+    for index, volume in [(1, "disk"), (2, "disk"), (3, "log")]:
+        sysfs(index, f"ebbtide:ward/{volume}")
+    (sysfs(4, "ebbtide:ward/ending") / "pid").unlink()
+    await ward.adopt(Attachment(method="nbd", devices={"disk": "/dev/nbd2"}))
+    assert ward.attachment is not None
+    assert ward.attachment.devices == {"disk": "/dev/nbd2", "log": "/dev/nbd3"}
+
+
+async def test_a_writable_device_is_not_given_to_who_asks_for_a_read_only_one(
+    ward: BlockDevices, kernel: Kernel, sysfs: Callable[[int, str], Path]
+) -> None:
+    where = sysfs(8, "ebbtide:ward/disk")
+    assert await ward.attach(["disk"], read_only=True) == {"disk": "/dev/nbd0"}
+    assert kernel.connected == 1
+    assert kernel_nbd.is_read_only("/dev/nbd0")
+    assert not where.exists()
+
+
+async def test_serving_again_does_not_wait_for_an_attach(
+    ward: BlockDevices, kernel: Kernel
+) -> None:
+    """What attach and detach read and write may wait for just that."""
+    kernel.slow.clear()
+    task = asyncio.create_task(ward.attach(["disk"], read_only=False))
+    await asyncio.to_thread(kernel.entered.wait, 10.0)
+    try:
+        async with asyncio.timeout(5.0):
+            await ward.join()
+    finally:
+        kernel.slow.set()
+        await task

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ebbtide import _native
 from ebbtide.control import kernel_nbd
@@ -35,10 +35,12 @@ from ebbtide.errors import (
 from ebbtide.rpc import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from ebbtide.config import AttachSection
     from ebbtide.control.client import ControlClient
+
+T = TypeVar("T")
 
 #: A mount that replays a journal of some GiB takes its time.
 MOUNT_S = 120.0
@@ -53,6 +55,16 @@ READ_ONLY_OPTIONS = {
 }
 #: Options of a writable mount: a copy of a mounted XFS has the UUID of the original.
 WRITABLE_OPTIONS = {"xfs": "rw,nouuid"}
+
+
+async def _to_the_end(step: Coroutine[Any, Any, T]) -> T:
+    """Await a step to its end, also if the caller is cancelled: what it made must be noted."""
+    task = asyncio.create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 class Holder(Supervisor):
@@ -122,6 +134,10 @@ class BlockDevices:
             serves=lambda: server.client is not None,
         )
         self.attachment: Attachment | None = None
+        #: Attach and detach, one at a time. Joining must not wait for them: both read and write the
+        #: devices, which waits for a server to join.
+        self._changing = asyncio.Lock()
+        self._joining = asyncio.Lock()
 
     @property
     def clients(self) -> int:
@@ -130,16 +146,34 @@ class BlockDevices:
 
     async def adopt(self, attachment: Attachment) -> None:
         """Take over what an earlier agent attached."""
-        self.attachment = attachment
-        if attachment.method == "nbd":
-            # After a boot none of them is there.
-            held = await self._nbd.adopt(attachment.devices, attachment.connections)
-            attachment.devices = {one.volume: one.path for one in held}
-            attachment.connections = {one.volume: one.connections for one in held}
-            if not attachment.devices:
-                self.attachment = None
-            return
-        self._start_holder(attachment)
+        async with self._changing:
+            if attachment.method == "nbd":
+                await self._find_nbd(attachment)
+                return
+            self.attachment = attachment
+            self._start_holder(attachment)
+
+    async def _find_nbd(self, attachment: Attachment) -> list[str]:
+        """Let an attachment name what the kernel has of ours: after a boot that is nothing, and
+        more than was noted if an attach was killed. Returns the volumes that are new in it.
+        """
+        before = set(attachment.devices)
+        held = await self._nbd.adopt(attachment.devices, attachment.connections)
+        attachment.devices = {one.volume: one.path for one in held}
+        attachment.connections = {one.volume: one.connections for one in held}
+        self.attachment = attachment if held else None
+        return [volume for volume in attachment.devices if volume not in before]
+
+    async def _find(self, *, read_only: bool = False) -> list[str]:
+        """Before a change: see what is there. Returns the volumes of devices that nobody noted."""
+        attachment = self.attachment or Attachment(method="nbd", read_only=read_only)
+        if attachment.method != "nbd":
+            return []
+        new = await self._find_nbd(attachment)
+        if new and self._server.client is not None:
+            # Their connections may be those of a server before this one.
+            await self._nbd.serve_again(self._server.pid)
+        return new
 
     async def join(self) -> None:
         """Let whichever process was started anew serve the devices again.
@@ -147,6 +181,10 @@ class BlockDevices:
         By FUSE: holder, server and we ourselves all have the descriptor again. Raises `EbbError`
         while one of them is not there; harmless to repeat.
         """
+        async with self._joining:
+            await self._join()
+
+    async def _join(self) -> None:
         holder, attachment = self._holder, self.attachment
         if attachment is not None and attachment.method == "nbd":
             try:
@@ -176,9 +214,12 @@ class BlockDevices:
         self, volumes: list[str], *, read_only: bool, method: str = "auto"
     ) -> dict[str, str]:
         """Device path of each volume; those already attached stay. Raises `PrivilegeError`."""
-        if await self._choose(method) == "nbd":
-            return await self._attach_nbd(volumes, read_only=read_only)
-        return await self._attach_loop(volumes, read_only=read_only)
+        async with self._changing:
+            found = await self._find(read_only=read_only)
+            if await self._choose(method) == "nbd":
+                await self._replace_unfit(found, volumes, read_only=read_only)
+                return await self._attach_nbd(volumes, read_only=read_only)
+            return await self._attach_loop(volumes, read_only=read_only)
 
     async def _choose(self, method: str) -> str:
         """The way for the devices to come. Raises `RefusedError` if others came another way."""
@@ -201,15 +242,30 @@ class BlockDevices:
     async def _attach_nbd(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
         self._client()
         attachment = self.attachment or Attachment(method="nbd", read_only=read_only)
-        devices = dict(attachment.devices)
+        read_only = read_only or attachment.read_only
         for volume in volumes:
-            if volume not in devices:
-                made = await self._nbd.attach(volume, read_only=read_only or attachment.read_only)
-                devices[volume] = made.path
-                attachment.devices = devices
-                attachment.connections = {**attachment.connections, volume: made.connections}
-                self.attachment = attachment
-        return {volume: devices[volume] for volume in volumes}
+            if volume not in attachment.devices:
+                await _to_the_end(self._add_nbd(attachment, volume, read_only))
+        return {volume: attachment.devices[volume] for volume in volumes}
+
+    async def _add_nbd(self, attachment: Attachment, volume: str, read_only: bool) -> None:
+        made = await self._nbd.attach(volume, read_only=read_only)
+        attachment.devices = {**attachment.devices, volume: made.path}
+        attachment.connections = {**attachment.connections, volume: made.connections}
+        self.attachment = attachment
+
+    async def _replace_unfit(
+        self, found: list[str], volumes: list[str], *, read_only: bool
+    ) -> None:
+        """Take away what was found and is writable where it must not be, or the other way."""
+        attachment = self.attachment
+        for volume in set(found) & set(volumes):
+            if attachment is not None:
+                unfit = await asyncio.to_thread(
+                    kernel_nbd.is_read_only, attachment.devices[volume]
+                ) != (read_only or attachment.read_only)
+                if unfit:
+                    await _to_the_end(self._remove(attachment, volume))
 
     async def _attach_loop(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
         _require_loop()
@@ -228,18 +284,25 @@ class BlockDevices:
                 self.attachment = None
                 await self._drop_holder()
                 raise
-        devices = dict(self.attachment.devices)
+        attachment = self.attachment
+        read_only = read_only or attachment.read_only
         for volume in volumes:
-            if volume not in devices:
-                path = str(Path(self.attachment.mountpoint) / volume)
-                devices[volume] = await in_thread(
-                    _native.loop_attach, path, read_only or self.attachment.read_only
-                )
-                self.attachment.devices = devices
-        return {volume: devices[volume] for volume in volumes}
+            if volume not in attachment.devices:
+                await _to_the_end(self._add_loop(attachment, volume, read_only))
+        return {volume: attachment.devices[volume] for volume in volumes}
+
+    async def _add_loop(self, attachment: Attachment, volume: str, read_only: bool) -> None:
+        path = str(Path(attachment.mountpoint) / volume)
+        device = await in_thread(_native.loop_attach, path, read_only)
+        attachment.devices = {**attachment.devices, volume: device}
 
     async def detach(self, volumes: list[str]) -> dict[str, str]:
         """Take devices away; the mount too if none is left. Raises `RefusedError` if in use."""
+        async with self._changing:
+            await self._find()
+            return await self._detach(volumes)
+
+    async def _detach(self, volumes: list[str]) -> dict[str, str]:
         attachment = self.attachment
         if attachment is None:
             return {}
@@ -251,19 +314,23 @@ class BlockDevices:
                     code="in-use",
                     hint="unmount it or end who uses it, then repeat",
                 )
-        for volume, device in chosen.items():
-            if attachment.method == "nbd":
-                await self._nbd.detach(device)
-            else:
-                await in_thread(_native.loop_detach, device)
-            attachment.devices = {v: d for v, d in attachment.devices.items() if v != volume}
-            attachment.connections.pop(volume, None)
+        for volume in chosen:
+            await _to_the_end(self._remove(attachment, volume))
         if not attachment.devices:
             if self._holder is not None:
                 await self._holder.unmount()
                 self._holder = self._kept = None
             self.attachment = None
         return chosen
+
+    async def _remove(self, attachment: Attachment, volume: str) -> None:
+        device = attachment.devices[volume]
+        if attachment.method == "nbd":
+            await self._nbd.detach(device)
+        else:
+            await in_thread(_native.loop_detach, device)
+        attachment.devices = {v: d for v, d in attachment.devices.items() if v != volume}
+        attachment.connections.pop(volume, None)
 
     async def abandon(self) -> None:
         """Leave everything for the next agent."""

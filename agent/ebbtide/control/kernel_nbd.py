@@ -99,6 +99,14 @@ def _identifier(index: int) -> str:
         return ""
 
 
+def is_read_only(device: str) -> bool:
+    """Whether a device takes no writes. Blocks."""
+    try:
+        return (_sysfs(index_of(device)) / "ro").read_text().strip() == "1"
+    except OSError:
+        return False
+
+
 def _fds(sockets: Iterable[socket.socket]) -> bytes:
     items = [genetlink.nested(_SOCK_ITEM, genetlink.u32(_SOCK_FD, one.fileno())) for one in sockets]
     return genetlink.nested(_SOCKETS, *items)
@@ -191,20 +199,22 @@ class KernelNbd:
         return sum(one.connections for one in self._devices.values())
 
     async def adopt(self, devices: dict[str, str], connections: dict[str, int]) -> list[Connected]:
-        """Take over what an earlier agent attached; returns what is still there, and ours.
+        """Take over what is ours in the kernel, and return it; what it was said to be counts not.
 
-        Both by volume. An agent before us may not have noted the number of connections.
+        `devices` and `connections` are what was noted, by volume. What was not, was made by an
+        attach that did not come to noting it; and earlier agents noted no connections.
         """
-        held = [
-            Connected(index_of(device), volume, connections.get(volume, self._connections))
-            for volume, device in devices.items()
-            if _identifier(index_of(device)) == self._identity(volume)
-        ]
-        self._devices = {one.index: one for one in held}
+        held: dict[str, Connected] = {}
+        for index, volume in await asyncio.to_thread(self._ours):
+            count = connections.get(volume, self._connections)
+            one = self._devices.get(index) or Connected(index, volume, count)
+            if volume not in held or devices.get(volume) == one.path:
+                held[volume] = one
+        self._devices = {one.index: one for one in held.values()}
         if held:
             with contextlib.suppress(EbbError, OSError):
                 await self._listen()
-        return held
+        return list(held.values())
 
     async def attach(self, volume: str, *, read_only: bool) -> Connected:
         """Connect a device. Raises `AbsentError` and other `EbbError`s."""
@@ -249,6 +259,17 @@ class KernelNbd:
     def of(self, volume: str) -> Connected | None:
         """The device of a volume."""
         return next((one for one in self._devices.values() if one.volume == volume), None)
+
+    def _ours(self) -> list[tuple[int, str]]:
+        """Index and volume of every connected device that bears our name."""
+        found = []
+        for file in SYSFS.glob("nbd*/backend"):
+            index = int(file.parent.name.removeprefix("nbd"))
+            name, _, volume = _identifier(index).partition("/")
+            # One that is just being let go of has it a moment longer than its pid.
+            if name == f"ebbtide:{self._name}" and (file.parent / "pid").exists():
+                found.append((index, volume))
+        return sorted(found)
 
     def _identity(self, volume: str) -> str:
         return f"ebbtide:{self._name}/{volume}"
