@@ -171,7 +171,7 @@ async def test_which_way_devices_come(
 
 async def test_devices_of_one_tap_all_come_the_same_way(tmp_path: Path) -> None:
     found = block_devices(tmp_path, "auto")
-    found.attachment = Attachment(method="nbd")
+    found.attachment = Attachment(method="nbd", devices={"disk": "/dev/nbd4095"})
     assert await found._choose("auto") == "nbd"
     with pytest.raises(RefusedError):
         await found._choose("fuse-loop")
@@ -511,7 +511,8 @@ async def test_a_link_that_dies_during_the_mending_is_replaced_too(
         if not held.made:
             family.pairs[0][1].send(link_dead(5))
             done = threading.Event()
-            loop.call_soon_threadsafe(lambda: (nbd._told(), done.set()))
+            loop.call_soon_threadsafe(nbd._told)
+            loop.call_soon_threadsafe(done.set)
             assert done.wait(10.0)
         return offer(one, count)
 

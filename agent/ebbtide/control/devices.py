@@ -16,10 +16,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import structlog
 
 from ebbtide import _native
-from ebbtide.control import kernel_nbd
+from ebbtide.control import kernel_nbd, loop_devices
 from ebbtide.control.kernel_nbd import KernelNbd
 from ebbtide.control.native import in_thread
 from ebbtide.control.state import Attachment, MountRecord
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOUNTS: Final = Path("/proc/self/mounts")
 #: A mount that replays a journal of some GiB takes its time.
 MOUNT_S = 120.0
 
@@ -138,6 +141,7 @@ class BlockDevices:
         #: devices, which waits for a server to join.
         self._changing = asyncio.Lock()
         self._joining = asyncio.Lock()
+        self._log = structlog.get_logger(process=name)
 
     @property
     def clients(self) -> int:
@@ -150,8 +154,29 @@ class BlockDevices:
             if attachment.method == "nbd":
                 await self._find_nbd(attachment)
                 return
-            self.attachment = attachment
-            self._start_holder(attachment)
+            await self._find_loops(attachment, add=True)
+            # A mount without devices is taken over too: only so does it go.
+            mounted = await asyncio.to_thread(_has_our_mount, attachment.mountpoint)
+            if attachment.devices or mounted:
+                self.attachment = attachment
+                self._start_holder(attachment)
+
+    async def _find_loops(self, attachment: Attachment, *, add: bool) -> list[str]:
+        """Let an attachment name only loop devices that lie on its mount, and with `add` all of
+        them. After a boot, and once a mount was lost and made anew, those noted are not ours.
+
+        Returns the volumes that are new in it.
+        """
+        noted = dict(attachment.devices)
+        found = await asyncio.to_thread(loop_devices.over, attachment.mountpoint)
+        lost = {volume: device for volume, device in noted.items() if (volume, device) not in found}
+        if lost:
+            self._log.warning("loop devices are not ours any more", devices=lost)
+        # What came or went meanwhile is not ours to say.
+        devices = {v: d for v, d in attachment.devices.items() if lost.get(v) != d}
+        new = {volume: device for volume, device in found if volume not in devices} if add else {}
+        attachment.devices = {**devices, **new}
+        return list(new)
 
     async def _find_nbd(self, attachment: Attachment) -> list[str]:
         """Let an attachment name what the kernel has of ours: after a boot that is nothing, and
@@ -164,11 +189,26 @@ class BlockDevices:
         self.attachment = attachment if held else None
         return [volume for volume in attachment.devices if volume not in before]
 
+    def _mount(self, *, read_only: bool) -> Attachment:
+        return Attachment(
+            mountpoint=str(self._run_dir / f"f-{self._name}"),
+            holder_socket=str(self._run_dir / f"h-{self._name}.sock"),
+            read_only=read_only,
+        )
+
     async def _find(self, *, read_only: bool = False) -> list[str]:
         """Before a change: see what is there. Returns the volumes of devices that nobody noted."""
+        mount = self._mount(read_only=read_only)
+        if self.attachment is None and await asyncio.to_thread(_has_our_mount, mount.mountpoint):
+            self.attachment = mount
+            self._start_holder(mount)
         attachment = self.attachment or Attachment(method="nbd", read_only=read_only)
         if attachment.method != "nbd":
-            return []
+            if self._holder is not None:
+                # It may make the mount anew.
+                with contextlib.suppress(EbbError):
+                    await self._holder.until_settled()
+            return await self._find_loops(attachment, add=True)
         new = await self._find_nbd(attachment)
         if new and self._server.client is not None:
             # Their connections may be those of a server before this one.
@@ -193,10 +233,12 @@ class BlockDevices:
                 self._forget_lost(attachment)
         if holder is None or attachment is None:
             return
+        # The holder may have made the mount anew, and the devices were those of the lost one.
+        await self._find_loops(attachment, add=False)
         if self._kept is not None:
             await in_thread(self._kept.give_to, attachment.holder_socket)
         if self._server.client is not None:
-            await self._attach_fuse(self._server.client)
+            await self._attach_fuse(self._server.client, attachment)
         kept = await in_thread(_native.FuseDescriptor.copy_from, attachment.holder_socket)
         if self._holder is holder:
             self._kept = kept
@@ -216,14 +258,18 @@ class BlockDevices:
         """Device path of each volume; those already attached stay. Raises `PrivilegeError`."""
         async with self._changing:
             found = await self._find(read_only=read_only)
-            if await self._choose(method) == "nbd":
-                await self._replace_unfit(found, volumes, read_only=read_only)
+            way = await self._choose(method)
+            if self.attachment is not None and self.attachment.method != way:
+                await self._drop_holder()
+                self.attachment = None
+            await self._replace_unfit(found, volumes, read_only=read_only)
+            if way == "nbd":
                 return await self._attach_nbd(volumes, read_only=read_only)
             return await self._attach_loop(volumes, read_only=read_only)
 
     async def _choose(self, method: str) -> str:
         """The way for the devices to come. Raises `RefusedError` if others came another way."""
-        if self.attachment is not None:
+        if self.attachment is not None and self.attachment.devices:
             if method not in {"auto", self.attachment.method}:
                 raise RefusedError(
                     f"devices of this one are attached by {self.attachment.method}",
@@ -268,23 +314,20 @@ class BlockDevices:
                     await _to_the_end(self._remove(attachment, volume))
 
     async def _attach_loop(self, volumes: list[str], *, read_only: bool) -> dict[str, str]:
-        _require_loop()
-        if self.attachment is None:
-            attachment = Attachment(
-                mountpoint=str(self._run_dir / f"f-{self._name}"),
-                holder_socket=str(self._run_dir / f"h-{self._name}.sock"),
-                read_only=read_only,
-            )
-            holder = self._start_holder(attachment)
+        loop_devices.require()
+        before = self.attachment
+        attachment = before or self._mount(read_only=read_only)
+        if not set(volumes) <= set(attachment.devices):
+            holder = self._holder or self._start_holder(attachment)
             self.attachment = attachment
             try:
                 await holder.until_settled()
-                await self._attach_fuse(self._client())
+                await self._attach_fuse(self._client(), attachment)
             except EbbError:
-                self.attachment = None
-                await self._drop_holder()
+                if before is None:
+                    self.attachment = None
+                    await self._drop_holder()
                 raise
-        attachment = self.attachment
         read_only = read_only or attachment.read_only
         for volume in volumes:
             if volume not in attachment.devices:
@@ -317,10 +360,12 @@ class BlockDevices:
         for volume in chosen:
             await _to_the_end(self._remove(attachment, volume))
         if not attachment.devices:
-            if self._holder is not None:
-                await self._holder.unmount()
-                self._holder = self._kept = None
-            self.attachment = None
+            # A server that joins just now would be told that its holder is gone.
+            async with self._joining:
+                if self._holder is not None:
+                    await self._holder.unmount()
+                    self._holder = self._kept = None
+                self.attachment = None
         return chosen
 
     async def _remove(self, attachment: Attachment, volume: str) -> None:
@@ -328,7 +373,9 @@ class BlockDevices:
         if attachment.method == "nbd":
             await self._nbd.detach(device)
         else:
-            await in_thread(_native.loop_detach, device)
+            # "Not found": somebody else has detached it.
+            with contextlib.suppress(NotFoundError):
+                await in_thread(_native.loop_detach, device)
         attachment.devices = {v: d for v, d in attachment.devices.items() if v != volume}
         attachment.connections.pop(volume, None)
 
@@ -363,29 +410,11 @@ class BlockDevices:
             raise UnreachableError(f"the process of {self._server.name} does not run")
         return self._server.client
 
-    async def _attach_fuse(self, client: ControlClient) -> None:
-        assert self.attachment is not None  # noqa: S101 (invariant of the callers)
+    async def _attach_fuse(self, client: ControlClient, attachment: Attachment) -> None:
         await client.request(
-            pb.Request(
-                attach_fuse=pb.AttachFuseRequest(holder_socket=self.attachment.holder_socket)
-            ),
+            pb.Request(attach_fuse=pb.AttachFuseRequest(holder_socket=attachment.holder_socket)),
             timeout_s=30.0,
         )
-
-
-def _require_loop() -> None:
-    if os.geteuid() != 0:
-        raise PrivilegeError(
-            "block devices need root",
-            hint="run the agent as root, or use the NBD socket that 'ebb status' shows",
-        )
-    for path in ("/dev/fuse", "/dev/loop-control"):
-        if not Path(path).exists():
-            raise PrivilegeError(
-                f"{path} is absent: this kernel gives no block devices from FUSE and loop",
-                code="unsupported",
-                hint="use the NBD socket that 'ebb status' shows",
-            )
 
 
 def _unescape(field: str) -> str:
@@ -393,11 +422,24 @@ def _unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
+def _mounts() -> list[tuple[str, str, str]]:
+    """Device, directory and type of every mount in this mount namespace."""
+    lines = MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    fields = [line.split(" ") for line in lines]
+    return [(_unescape(field[0]), _unescape(field[1]), field[2]) for field in fields]
+
+
 def mounts_of(device: str) -> list[str]:
     """Directories where a device is mounted, in this mount namespace."""
-    lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    fields = [line.split(" ") for line in lines]
-    return [_unescape(field[1]) for field in fields if _unescape(field[0]) == device]
+    return [directory for found, directory, _ in _mounts() if found == device]
+
+
+def _has_our_mount(mountpoint: str) -> bool:
+    """Whether a mount that a holder made lies there, dead or alive. Blocks."""
+    where = str(loop_devices.resolved(mountpoint))
+    return any(
+        directory == where and kind == loop_devices.FILE_SYSTEM for _, directory, kind in _mounts()
+    )
 
 
 def user_of(device: str) -> str:

@@ -102,7 +102,7 @@ def _identifier(index: int) -> str:
 def is_read_only(device: str) -> bool:
     """Whether a device takes no writes. Blocks."""
     try:
-        return (_sysfs(index_of(device)) / "ro").read_text().strip() == "1"
+        return (SYSFS / Path(device).name / "ro").read_text().strip() == "1"
     except OSError:
         return False
 
