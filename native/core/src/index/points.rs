@@ -309,7 +309,7 @@ impl History {
         let mut needs_copy = open.is_some();
         let older = self.older_volumes.iter().map(|(index, ..)| *index);
         let mut volumes: BTreeSet<VolumeIndex> = older.collect();
-        for event in &self.events {
+        for (place, event) in self.events.iter().enumerate() {
             let cause = match event.kind {
                 EventKind::SpanBegin { cause } => cause,
                 EventKind::Gap { cause, bytes, .. } if bytes > 0 => cause,
@@ -341,7 +341,8 @@ impl History {
             let first = if blank && spans.is_empty() {
                 BEGINNING
             } else {
-                self.head_of(event, volumes.len())
+                let before = place.checked_sub(1).map(|place| &self.events[place]);
+                self.head_of(event, before, volumes.len())
             };
             open = Some(Span {
                 first,
@@ -356,16 +357,18 @@ impl History {
     /// Where a span begins that an event opens. At the head of an incarnation the VOLUME records
     /// before it, and a GAP that lost nothing, belong to it: what history shows there is older than
     /// their time says.
-    fn head_of(&self, opening: &Event, volumes: usize) -> Point {
+    fn head_of(&self, opening: &Event, before: Option<&Event>, volumes: usize) -> Point {
         let number = self
             .segments
             .partition_point(|segment| segment.first_seq <= opening.seq);
         let Some(segment) = number.checked_sub(1).map(|number| &self.segments[number]) else {
             return point(opening);
         };
-        // Each incarnation lists all volumes first. There may be a GAP behind them, also one that a
-        // manifest with too many events has dropped; if there was none, one true point is hidden.
-        let head = volumes as u64 + 1;
+        let gap = before.is_some_and(|before| {
+            before.seq.0 + 1 == opening.seq.0 && matches!(before.kind, EventKind::Gap { .. })
+        });
+        // Not more records than there are volumes: each incarnation lists all of them first.
+        let head = volumes as u64 + u64::from(gap);
         if segment.key.first_frame == FrameNo(0) && opening.seq.0 - segment.first_seq.0 <= head {
             Point {
                 seq: segment.first_seq,
