@@ -117,6 +117,7 @@ class Shipper:
         self._sent_bytes = 0
         self._durable_bytes = 0
         self._moved = asyncio.Event()
+        #: About when the oldest record was written that is not read yet; 0 if all are.
         self._pending_since_us = 0
         self._start: tuple[bytes, int] | None = None
         #: Seq and time of the newest record that the target held when it was last greeted.
@@ -370,10 +371,9 @@ class Shipper:
                     self._read_bytes = self._tap.appended_bytes
                 if self.state is ShipState.CATCHING_UP:
                     self._set(ShipState.STREAMING)
-                if not self._sent:
-                    self._pending_since_us = 0
+                self._pending_since_us = 0
                 newer = await self._tap.wait_end(end)
-                self._pending_since_us = self._pending_since_us or newer.last_time_us
+                self._pending_since_us = newer.last_time_us
                 continue
             size = len(batch.message) - framing.TAG_LEN
             self._sent_bytes += size
@@ -385,6 +385,7 @@ class Shipper:
                     size=size,
                 )
             )
+            self._pending_since_us = batch.last_time_us
             self._read_bytes = (self._read_bytes or 0) + size
             if batch.announcement is not None:
                 await call.write(batch.announcement)
