@@ -761,6 +761,16 @@ fn damage_in_a_table_without_a_run_is_located_and_older_points_open() {
     assert_eq!(torn.findings().len(), 1);
 }
 
+/// A copy in which no manifest names the segments yet, and no run indexes them.
+fn without_manifest(directory: &MemoryDirectory, recorder: &Recorder) -> MemoryDirectory {
+    let bare = directory.fork();
+    bare.remove("MANIFEST").unwrap();
+    for run in recorder.files(".run") {
+        bare.remove(&run).unwrap();
+    }
+    bare
+}
+
 #[test]
 fn a_segment_that_rolled_over_since_the_end_was_published_has_no_hole() {
     let directory = MemoryDirectory::new();
@@ -777,11 +787,7 @@ fn a_segment_that_rolled_over_since_the_end_was_published_has_no_hole() {
     recorder.close();
     recorder.settle();
     // The segment waits to be sealed: no manifest names it yet.
-    let bare = directory.fork();
-    bare.remove("MANIFEST").unwrap();
-    for run in recorder.files(".run") {
-        bare.remove(&run).unwrap();
-    }
+    let bare = without_manifest(&directory, &recorder);
     let history = History::open(Arc::new(bare), GROUP, Some(&published)).unwrap();
     let newest = history.resolve(&PointSpec::Newest, false).unwrap().seq;
     assert!(newest > behind);
@@ -804,11 +810,7 @@ fn damage_amid_segments_that_nobody_vouches_for_is_no_torn_tail() {
     }
     recorder.settle();
     // Sealed a moment ago: the manifest does not name them yet.
-    let bare = directory.fork();
-    bare.remove("MANIFEST").unwrap();
-    for run in recorder.files(".run") {
-        bare.remove(&run).unwrap();
-    }
+    let bare = without_manifest(&directory, &recorder);
     let open = |directory: &MemoryDirectory| {
         History::open(Arc::new(directory.clone()), GROUP, None).unwrap()
     };
