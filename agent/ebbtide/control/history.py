@@ -6,7 +6,7 @@ Views, points and restore know only this; which role writes the log is no concer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ebbtide.errors import NotFoundError, UsageError
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from ebbtide import _native
     from ebbtide.errors import EbbError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,20 +41,28 @@ class GroupLog:
 
 def find_log(logs: Iterable[GroupLog], name: str) -> GroupLog:
     """A log by the group's name or identity. Raises `NotFoundError`, `UsageError` if ambiguous."""
-    known = list(logs)
-    found = [log for log in known if name == log.group] or [
-        log for log in known if name == log.name
+    return find_group(logs, name, lambda log: (log.group, log.name))
+
+
+def find_group(known: Iterable[T], name: str, called: Callable[[T], tuple[str, str]]) -> T:
+    """What keeps history of a group, by name or identity; `called` tells identity and name.
+
+    Raises `NotFoundError`, `UsageError` if ambiguous.
+    """
+    named = [(*called(one), one) for one in known]
+    found = [each for each in named if name == each[0]] or [
+        each for each in named if name == each[1]
     ]
     if len(found) > 1:
         raise UsageError(
             f"{len(found)} groups are called '{name}'",
-            hint="use the identity: " + ", ".join(log.group for log in found),
+            hint="use the identity: " + ", ".join(identity for identity, *_ in found),
         )
     if not found:
-        names = ", ".join(sorted(log.name for log in known))
+        names = ", ".join(sorted(each[1] for each in named))
         raise NotFoundError(
             f"this agent holds no history of a group '{name}'",
             code="unknown-group",
             hint=f"it holds history of: {names or 'none'}",
         )
-    return found[0]
+    return found[0][2]

@@ -18,8 +18,9 @@ import structlog
 
 from ebbtide.control import process
 from ebbtide.control.client import ControlClient
-from ebbtide.errors import EbbError, InternalError, UnreachableError
+from ebbtide.errors import EbbError, UnreachableError
 from ebbtide.rpc import control_pb2 as pb
+from ebbtide.rpc.failure import known
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ class Supervisor(ABC):
                 client, watch = await self._adopt_or_start()
             except Exception as error:  # noqa: BLE001
                 # Also what is no error of ours, such as no memory for a process: it passes.
-                self._failed(self._known(error))
+                self._failed(known(error))
                 attempt = min(attempt + 1, len(RETRY_S) - 1)
                 await self._pause(RETRY_S[attempt])
                 continue
@@ -132,7 +133,7 @@ class Supervisor(ABC):
             try:
                 await self.serving(client)
             except Exception as error:  # noqa: BLE001
-                self._failed(self._known(error))
+                self._failed(known(error))
                 attempt = min(attempt + 1, len(RETRY_S) - 1)
                 await self._pause(RETRY_S[attempt])
             else:
@@ -140,16 +141,6 @@ class Supervisor(ABC):
                 self.state = ProcessState.SERVING
                 self._settled.set()
                 return
-
-    def _known(self, error: Exception) -> EbbError:
-        """An error of our tree; any other is a defect, which must not end the supervision."""
-        if isinstance(error, EbbError):
-            return error
-        self._log.exception("unforeseen error", exc_info=error)
-        return InternalError(
-            f"{self.name}: {type(error).__name__}: {error}",
-            hint="the agent's log has the details",
-        )
 
     def _failed(self, error: EbbError) -> None:
         if self.failure is None or self.failure.message != error.message:

@@ -71,12 +71,13 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: EbbError) -
     await context.abort(status, error.message, ((METADATA_KEY, failure),))
 
 
-def _known(error: Exception) -> EbbError:
+def known(error: Exception) -> EbbError:
+    """An error of our tree. Any other is a defect: it is logged, and told as an internal error."""
     if isinstance(error, EbbError):
         return error
     if isinstance(error, _native.NativeError):
         return from_native(error)
-    structlog.get_logger().exception("unforeseen error in a call", exc_info=error)
+    structlog.get_logger().exception("unforeseen error", exc_info=error)
     return InternalError(
         f"unforeseen: {type(error).__name__}: {error}", hint="the agent's log has the details"
     )
@@ -90,7 +91,7 @@ def answers(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         try:
             return await method(self, request, context)
         except Exception as error:
-            await _abort(context, _known(error))
+            await _abort(context, known(error))
             raise
 
     return call
@@ -105,7 +106,7 @@ def streams(method: Callable[..., AsyncIterator[T]]) -> Callable[..., AsyncItera
             async for message in method(self, request, context):
                 yield message
         except Exception as error:
-            await _abort(context, _known(error))
+            await _abort(context, known(error))
             raise
 
     return call

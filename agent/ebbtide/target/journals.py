@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from ebbtide.control.history import GroupLog
+from ebbtide.control.history import GroupLog, find_group
 from ebbtide.control.state import TargetRecord
 from ebbtide.errors import (
     EbbError,
@@ -87,22 +87,9 @@ class TargetGroups:
 
     def find(self, name: str) -> TargetGroup:
         """A group by name or identity. Raises `NotFoundError`, `UsageError` if ambiguous."""
-        if name in self._groups:
-            return self._groups[name]
-        found = [group for group in self._groups.values() if group.record.name == name]
-        if len(found) > 1:
-            raise UsageError(
-                f"{len(found)} groups are called '{name}'",
-                hint="use the identity: " + ", ".join(group.record.group for group in found),
-            )
-        if not found:
-            known = ", ".join(sorted(group.record.name for group in self._groups.values()))
-            raise NotFoundError(
-                f"this agent holds no history of a group '{name}'",
-                code="unknown-group",
-                hint=f"it holds history of: {known or 'none'}",
-            )
-        return found[0]
+        return find_group(
+            self._groups.values(), name, lambda group: (group.record.group, group.record.name)
+        )
 
     def has(self, name: str) -> bool:
         return any(name in {g.record.name, g.record.group} for g in self._groups.values())
